@@ -1,0 +1,243 @@
+"""The command line: verbs over the Python API, nothing of its own.
+
+Progress and tables go to stderr or stdout as they come; the last line on stdout is JSON. Exit code 0: done; 1: a gate
+failed; 2: wrong use (one line says what was given, what is allowed and what to do); 130: stopped by Ctrl-C.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dqbart import __version__
+from dqbart.recipe import PRESETS, Recipe, read_yaml
+
+# Flags that are recipe fields, with their help. Flag over --config over --preset.
+RECIPE_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "bits": (str, "W-E-A: weights, embeddings, activations; 2 bits are ternary (2-2-8)"),
+    "layers": (str, "E-D: encoder and decoder layers (as the teacher)"),
+    "epochs": (float, "passes over the data; 0 quantizes without training"),
+    "batch_size": (int, "examples per step and process"),
+    "learning_rate": (float, "peak learning rate (by bits and width)"),
+    "source_column": (str, "column of the inputs (guessed)"),
+    "target_column": (str, "column of the outputs (guessed; without one the teacher writes them)"),
+    "source_prefix": (str, "put before every input"),
+    "source_lang": (str, "mBART language code of the inputs, such as en_XX"),
+    "target_lang": (str, "mBART language code of the outputs, such as de_DE"),
+    "metric": (str, "rouge or bleu"),
+    "seed": (int, "of everything random"),
+}
+RUN_KEYS = ("teacher", "data", "dev_data", "output")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ValueError(f"{message}; see '{self.prog} --help'")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(prog="dqbart", description="Make BART and mBART checkpoints 10 to 30 times smaller, and run them.")
+    top.add_argument("--version", action="version", version=f"dqbart {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+
+    verb = verbs.add_parser("compress", help="teacher and data in, packed folder out; rerun to resume")
+    verb.add_argument("teacher", nargs="?", metavar="MODEL", help="folder or hub id of a BART or mBART checkpoint")
+    verb.add_argument("--data", help="csv, tsv, jsonl (also .gz), parquet, a folder of splits or a hub id")
+    verb.add_argument("--dev-data", help="the same, to select and score the student (a part of --data)")
+    verb.add_argument("--out", dest="output", help="folder to write")
+    verb.add_argument("--preset", choices=sorted(PRESETS), help="recipe to start from (small)")
+    verb.add_argument("--config", help="YAML file of recipe fields")
+    for name, (kind, text) in RECIPE_FLAGS.items():
+        verb.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    verb.add_argument("--device", help="cpu or cuda")
+    verb.add_argument("--overwrite", action="store_true", help="replace what another recipe left in --out")
+    verb.set_defaults(run=run_compress)
+
+    verb = verbs.add_parser("eval", help="score a packed folder (or any seq2seq checkpoint) on data")
+    verb.add_argument("model")
+    verb.add_argument("--data", required=True)
+    verb.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    verb.add_argument("--metric", choices=("rouge", "bleu"), help="as in its recipe.yaml, else rouge")
+    verb.add_argument("--source-column")
+    verb.add_argument("--target-column")
+    verb.add_argument("--limit", type=int, help="a fixed sample of this many examples")
+    verb.add_argument("--batch-size", type=int, default=32)
+    verb.add_argument("--generation", metavar="JSON", default="{}", help="such as '{\"num_beams\": 1}'")
+    verb.add_argument("--out", help="write all outputs there, one JSON object a line")
+    verb.add_argument("--device")
+    verb.set_defaults(run=run_eval)
+
+    verb = verbs.add_parser("generate", help="write text with a packed folder")
+    verb.add_argument("model")
+    verb.add_argument("--text", action="append", help="an input; may be repeated; default: lines of stdin")
+    verb.add_argument("--generation", metavar="JSON", default="{}")
+    verb.add_argument("--device")
+    verb.set_defaults(run=run_generate)
+
+    for name, text, run in (
+        ("info", "what a packed folder holds", run_info),
+        ("verify", "check a packed folder: structure, digests, codes", run_verify),
+    ):
+        verb = verbs.add_parser(name, help=text)
+        verb.add_argument("model")
+        verb.set_defaults(run=run)
+
+    verb = verbs.add_parser("doctor", help="versions, engines, and what is missing for the others")
+    verb.set_defaults(run=run_doctor)
+
+    verb = verbs.add_parser("demo", help="compress the shipped docstring teacher, offline, in minutes")
+    verb.add_argument("--out", default="demo-out")
+    verb.add_argument("--bits", default="2-2-8")
+    verb.add_argument("--layers", default="3-2")
+    verb.set_defaults(run=run_demo)
+    return top
+
+
+def recipe_and_run(args: argparse.Namespace) -> tuple[Recipe, dict[str, Any]]:
+    """Flag over file over preset. Raises `ValueError` for whatever doesn't fit."""
+    values = read_yaml(args.config) if args.config else {}
+    run = {key: values.pop(key) for key in RUN_KEYS if key in values}
+    run |= {key: getattr(args, key) for key in RUN_KEYS if getattr(args, key) is not None}
+    if args.preset:
+        values["preset"] = args.preset
+    values |= {name: getattr(args, name) for name in RECIPE_FLAGS if getattr(args, name) is not None}
+    for key, flag in (("teacher", "MODEL"), ("output", "--out")):
+        if not run.get(key):
+            raise ValueError(f"{key} is missing: give {flag}, as in 'dqbart compress MODEL --data FILE --out DIR'")
+    return Recipe.from_dict({"preset": "small"} | values), run
+
+
+def run_compress(args: argparse.Namespace) -> dict[str, Any]:
+    from dqbart.pipeline import compress
+
+    recipe, run = recipe_and_run(args)
+    result = compress(
+        run["teacher"], run.get("data"), output=run["output"], recipe=recipe, dev_data=run.get("dev_data"),
+        overwrite=args.overwrite, device=args.device,
+    )  # fmt: skip
+    return summary(result.folder, result.report)
+
+
+def summary(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+    if not report:  # a helper process of a distributed run
+        return {}
+    scores = report.get("scores")
+    return {
+        "output": str(folder),
+        "file_bytes": report["sizes"]["file_bytes"],
+        "ratio_to_fp32": report["sizes"]["ratio_to_fp32"],
+        "scores": {who: scores[who]["values"] for who in ("teacher", "student")} if scores else None,
+        "seconds": report["seconds"],
+    }
+
+
+def run_eval(args: argparse.Namespace) -> dict[str, Any]:
+    from dqbart.evaluation.run import evaluate
+
+    result, rows = evaluate(
+        args.model, args.data, split=args.split, metric=args.metric, source_column=args.source_column,
+        target_column=args.target_column, limit=args.limit, batch_size=args.batch_size,
+        generation=_json_object(args.generation), device=args.device,
+    )  # fmt: skip
+    if args.out:
+        Path(args.out).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    print(result)
+    return {"model": args.model} | result.to_dict()
+
+
+def run_generate(args: argparse.Namespace) -> dict[str, Any]:
+    from dqbart.evaluation.run import write_texts
+
+    texts = args.text if args.text is not None else [line for line in sys.stdin.read().splitlines() if line.strip()]
+    written = write_texts(args.model, texts, generation=_json_object(args.generation), device=args.device)
+    for text in written:
+        print(text)
+    return {"model": args.model, "outputs": written}
+
+
+def run_info(args: argparse.Namespace) -> dict[str, Any]:
+    from dqbart.packed.checkpoint import size_table
+    from dqbart.packed.verify import read_config, read_spec
+
+    folder = Path(args.model)
+    config = read_config(folder)
+    spec = read_spec(folder, config)
+    kinds: dict[str, int] = {}
+    for module in spec.modules.values():
+        label = f"{module.bits}-bit {module.scheme} {module.kind}{' (tied)' if module.tied_to else ''}"
+        kinds[label] = kinds.get(label, 0) + 1
+    groups = dict(size_table(folder))
+    print(f"{config['architectures'][0]}, numerics {spec.numerics}, activations {spec.activation_bits} bits")
+    for label, count in sorted(kinds.items()):
+        print(f"  {count:4d} x {label}")
+    for group, count in groups.items():
+        print(f"  {group:18s} {count / 2**20:10.2f} MiB")
+    print(f"  {'file':18s} {sum(groups.values()) / 2**20:10.2f} MiB")
+    return {"model": args.model, "modules": kinds, "bytes": groups, "file_bytes": sum(groups.values())}
+
+
+def run_verify(args: argparse.Namespace) -> dict[str, Any]:
+    import dataclasses
+
+    from dqbart.packed.verify import verify
+
+    report = dataclasses.asdict(verify(args.model))
+    print(f"{args.model}: {report['tensors']} tensors in {report['files']} file(s), as config.json says; digests match")
+    return report
+
+
+def run_doctor(args: argparse.Namespace) -> dict[str, Any]:
+    from dqbart.doctor import examine
+
+    findings = examine()
+    for line in findings.pop("lines"):
+        print(line)
+    return findings
+
+
+def run_demo(args: argparse.Namespace) -> dict[str, Any]:
+    from dqbart.demo import demo
+
+    return demo(Path(args.out), bits=args.bits, layers=args.layers)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f'--generation {text!r}: not valid JSON ({error}); expected such as {{"num_beams": 1}}'
+        ) from None
+    if not isinstance(value, dict):
+        raise ValueError(f'--generation {text!r}: expected an object, such as {{"num_beams": 1}}')
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    first = os.environ.get("RANK", "0") == "0"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or every fork warns
+    try:
+        args = parser().parse_args(argv)
+        if args.verb not in ("doctor",):
+            from transformers.utils import logging
+
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+        answer = args.run(args)
+    except KeyboardInterrupt:
+        print("dqbart: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        print(f"dqbart: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "GateError":
+            raise
+        print(f"dqbart: gate failed: {error}", file=sys.stderr)
+        return 1
+    if first:
+        print(json.dumps(answer, ensure_ascii=False))
+    return 0

@@ -1,0 +1,1 @@
+"""From files or the hub to batches: rows, columns, token ids, missing targets."""

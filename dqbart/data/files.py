@@ -1,0 +1,274 @@
+"""Rows from wherever the user keeps them: a file, a folder, a hub data set or Python objects.
+
+Every source becomes one form, a list of dicts. For text that is enough (160,000 sentence pairs take
+about 100 MB) and it keeps reading deterministic. Letting `datasets` read local files too was
+rejected: it writes an Arrow copy of them into a cache, and its message about a bad line names
+neither the file nor the line.
+"""
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+SUFFIXES = (
+    ".csv",
+    ".csv.gz",
+    ".tsv",
+    ".tsv.gz",
+    ".jsonl",
+    ".jsonl.gz",
+    ".json",
+    ".json.gz",
+    ".parquet",
+)
+SPLIT_NAMES = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.+-]+)?")
+_SHARD = re.compile(r"-\d+-of-\d+$")
+
+
+def load_rows(data: Any, *, split: str = "train") -> list[Row]:
+    """All rows of `data` as dicts, in order.
+
+    `data` is a path to a csv, tsv, json-lines (or one json array) or parquet file, text ones also
+    gzipped; a folder of files named after their split (`train.jsonl`, `validation.csv`,
+    `test.en-de.tsv`, numbered shards); a hub name, `owner/name` or `owner/name:configuration`; a
+    `datasets.Dataset`; an iterable of dicts; or a dict from split names to one of the last two.
+    `split` picks from what has splits, and means nothing for one file or one list.
+
+    Raises `FileNotFoundError` where there is nothing to read, `ValueError` where it can't be
+    understood: one line with the file, and the line number where there is one.
+    """
+    if isinstance(data, str | Path):
+        path = _path(data)
+        if path.is_dir():
+            files = _split_files(path)
+            chosen = files.get(_known(split))
+            if not chosen:
+                raise FileNotFoundError(
+                    f"data {str(data)!r}: no {split} file in this folder, only "
+                    f"{', '.join(files) or 'others'}; expected {split} with one of {', '.join(SUFFIXES)}"
+                )
+            return [row for file in chosen for row in _read(file)]
+        if path.exists():
+            return _read(path)
+        return _hub(str(data), split)
+    if isinstance(data, Mapping):
+        if split not in data:
+            raise ValueError(f"data has no split {split!r}; it has {', '.join(map(repr, data)) or 'none'}")
+        return load_rows(data[split])
+    if hasattr(data, "to_list"):  # datasets.Dataset, several times quicker than iterating it
+        data = data.to_list()
+    if not isinstance(data, Iterable) or isinstance(data, bytes):
+        raise ValueError(
+            f"data is {type(data).__name__}; expected a path, a hub name, a datasets.Dataset or a list of dicts"
+        )
+    return _checked(list(data), "data")
+
+
+def list_splits(data: Any) -> list[str]:
+    """The split names of `data`; `["train"]` where it has no splits.
+
+    Raises as `load_rows` does.
+    """
+    if isinstance(data, Mapping):
+        return list(data)
+    if isinstance(data, str | Path):
+        path = _path(data)
+        if path.is_dir():
+            return list(_split_files(path))
+        if not path.exists():
+            name, configuration = _hub_name(str(data))
+            return list(_ask_hub("get_dataset_split_names", name, configuration))
+    return ["train"]
+
+
+def _path(data: str | Path) -> Path:
+    if not str(data):  # Path("") is the current folder
+        raise FileNotFoundError(f"data {data!r}: no such file or folder; expected a path or a hub name")
+    return Path(data).expanduser()
+
+
+def _known(split: str) -> str:
+    for name, spellings in SPLIT_NAMES.items():
+        if split in spellings:
+            return name
+    raise ValueError(f"split {split!r}: expected one of {', '.join(SPLIT_NAMES)}")
+
+
+def _split_files(folder: Path) -> dict[str, list[Path]]:
+    """Data files by split. Two files of one split are an error, unless they are numbered shards."""
+    found: dict[str, list[Path]] = {}
+    files = [file for file in sorted(folder.iterdir()) if _suffix(file)]
+    for name, spellings in SPLIT_NAMES.items():
+        start = re.compile(rf"({'|'.join(spellings)})([-_.].*)?$")
+        matches = [file for file in files if start.match(file.name.removesuffix(_suffix(file)))]
+        if len(matches) > 1 and not all(_SHARD.search(f.name.removesuffix(_suffix(f))) for f in matches):
+            raise ValueError(
+                f"data {str(folder)!r}: several {name} files "
+                f"({', '.join(f.name for f in matches)}); give the path of one of them"
+            )
+        if matches:
+            found[name] = matches
+    return found
+
+
+def _suffix(path: Path) -> str:
+    """The known ending of a file name, or an empty string."""
+    return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.name.lower().endswith(s)), "")
+
+
+def _read(path: Path) -> list[Row]:
+    suffix = _suffix(path)
+    if not suffix:
+        raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty")
+    if suffix == ".parquet":
+        return _checked(_parquet(path), str(path))
+    lines = _lines(path)
+    try:
+        if suffix.startswith(".json"):
+            rows = list(_json_rows(path, lines))
+        else:
+            rows = list(_table_rows(path, lines, "\t" if suffix.startswith(".tsv") else ","))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error})") from None
+    return _checked(rows, str(path))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    r"""Lines ending in \n only: U+2028 and friends are text, and may stand inside a JSON string."""
+    with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} line {number}: not UTF-8 ({error.reason}); save it as UTF-8") from None
+            yield text.removeprefix("\ufeff") if number == 1 else text
+
+
+def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[Row]:
+    """One object a line; a `.json` file may also be a single array of objects."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        is_array = line.lstrip().startswith("[") and path.name.lower().endswith((".json", ".json.gz"))
+        text = "\n" * (number - 1) + line + "".join(lines) if is_array else line
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            line_number = error.lineno if is_array else number
+            raise ValueError(f"{path} line {line_number}: invalid JSON, {error.msg} at column {error.colno}") from None
+        except RecursionError:
+            raise ValueError(f"{path} line {number}: JSON is nested too deeply") from None
+        for row in value if is_array else [value]:
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f'{path} line {number}: expected an object such as {{"source": "..."}}, found {type(row).__name__}'
+                )
+            yield row
+
+
+def _table_rows(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[Row]:
+    """csv and tsv, first line the column names, quoted as spreadsheets and pandas write them.
+
+    Strict: a stray quote is reported, where the usual leniency swallows the lines up to the next
+    one.
+    """
+    csv.field_size_limit(2**31 - 1)  # the module's default refuses fields above 131,072 characters
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    names: list[str] | None = None
+    while True:
+        number = reader.line_num + 1  # where the row starts; a quoted field may span lines
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(
+                f"{path} line {number}: {error}; a field with quotes in it must be quoted and its quotes doubled"
+            ) from None
+        if fields is None:
+            return
+        if not fields:
+            continue
+        if names is None:
+            names = fields
+            if len(set(names)) < len(names):
+                raise ValueError(f"{path} line {number}: two columns have the same name, in {names}")
+        elif len(fields) != len(names):
+            raise ValueError(
+                f"{path} line {number}: {len(fields)} fields, but the first line names {len(names)}: {names}"
+            )
+        else:
+            yield dict(zip(names, fields, strict=True))
+
+
+def _parquet(path: Path) -> list[Row]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ValueError(f"{path}: parquet needs pyarrow; pip install 'dqbart[parquet]'") from None
+    try:
+        rows: list[Row] = pq.read_table(path).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: not a readable parquet file ({_one_line(error)})") from None
+    return rows
+
+
+def _hub_name(data: str) -> tuple[str, str | None]:
+    if _suffix(Path(data)) or not _HUB_NAME.fullmatch(data):
+        raise FileNotFoundError(f"data {data!r}: no such file or folder")
+    name, _, configuration = data.partition(":")
+    return name, configuration or None
+
+
+def _hub(data: str, split: str) -> list[Row]:
+    name, configuration = _hub_name(data)
+    dataset = _ask_hub("load_dataset", name, configuration, split=split)
+    return _checked(dataset.to_list(), f"data {data!r}")
+
+
+def _ask_hub(function: str, name: str, configuration: str | None, **arguments: Any) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"data {name!r}: no such file or folder, and hub data sets need: pip install 'dqbart[hub]'"
+        ) from None
+    try:
+        return getattr(datasets, function)(name, configuration, **arguments)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"data {name!r}: no such file or folder, and no such hub data set ({_one_line(error)})"
+        ) from None
+    # What `datasets` raises for no network, a missing configuration or split, and script data sets.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"data {name!r}: no such file or folder, and as a hub data set it can't be read "
+            f"({_one_line(error)}); a configuration is given as owner/name:configuration"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _checked(rows: list[Any], name: str) -> list[Row]:
+    if not rows:
+        raise ValueError(f"{name}: there are no rows in it")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{name}: row {number} is {type(row).__name__}, expected a dict")
+    return rows

@@ -1,0 +1,53 @@
+"""Training and dev examples of one run, from whatever the user gave."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from dqbart.data.columns import Examples, guess_columns, hold_out, read_examples
+from dqbart.data.files import list_splits, load_rows
+from dqbart.recipe import Recipe
+
+
+def read_training_data(
+    data: Any, dev_data: Any, recipe: Recipe, held_out: int
+) -> tuple[Examples | None, Examples | None]:
+    """`(train, dev)`; both None without data. Says on stderr which columns are used.
+
+    Dev is `dev_data`, else the validation split of `data`, else up to `held_out` examples (a tenth at most) taken
+    from the training data by hash. Without targets there is no dev set. Raises what the readers raise, and
+    `ValueError` where training is asked for without data.
+    """
+    if data is None:
+        if recipe.epochs > 0 or recipe.max_steps > 0:
+            raise ValueError(
+                f"data is missing: {recipe.epochs:g} epochs of training need --data FILE; --epochs 0 quantizes without"
+            )
+        return None, None if dev_data is None else read_split(dev_data, recipe, "validation")
+    train = read_split(data, recipe, "train")
+    if dev_data is not None:
+        return train, read_split(dev_data, recipe, "validation")
+    if train.targets is None:
+        return train, None
+    if "validation" in list_splits(data):
+        return train, read_split(data, recipe, "validation")
+    count = min(held_out, len(train) // 10)
+    if count == 0:
+        return train, None
+    return hold_out(train, count)
+
+
+def read_split(data: Any, recipe: Recipe, split: str) -> Examples:
+    """The examples of one split of `data`, with the recipe's columns and languages."""
+    rows = load_rows(data, split=split)
+    if not rows:
+        raise ValueError(f"data {str(data)[:200]!r}: no rows; expected at least one")
+    columns = guess_columns(
+        rows, recipe.source_column, recipe.target_column, source_lang=recipe.source_lang,
+        target_lang=recipe.target_lang,
+    )  # fmt: skip
+    examples = read_examples(rows, columns)
+    name = Path(data).name if isinstance(data, str | Path) else "data"
+    skipped = f", {examples.skipped:,} empty rows left out" if examples.skipped else ""
+    print(f"{name} ({split}): {len(examples):,} examples{skipped}; {columns}", file=sys.stderr, flush=True)
+    return examples

@@ -1,0 +1,1 @@
+"""How the student learns: what is captured from a forward pass, the losses, and the trainer."""

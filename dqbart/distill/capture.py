@@ -1,0 +1,69 @@
+"""Take attention maps out of a forward pass, whatever the model family.
+
+`output_attentions` gives nothing under sdpa and would not give queries and keys at all; our attention function
+(`dqbart.quant.attention`) reports every call instead. Calls are kept in call order, since `layer_idx` is missing
+on some families and repeated on others, and grouped by what they are: encoder, decoder or cross attention.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dqbart.quant.attention import AttentionRecord, listening
+
+Kind = Literal["encoder_attention", "decoder_attention", "cross_attention"]
+
+
+def attention_kinds(model: Any) -> dict[int, Kind]:
+    """`id(module)` -> kind, for every module of the model."""
+    kinds: dict[int, Kind] = {}
+    for name, module in model.named_modules():
+        if "encoder_attn" in name:
+            kinds[id(module)] = "cross_attention"
+        else:
+            kinds[id(module)] = "decoder_attention" if "decoder" in name.split(".") else "encoder_attention"
+    return kinds
+
+
+@contextmanager
+def capture_attention(
+    model: Any, wanted: set[str], keep: Callable[[AttentionRecord], Tensor] = lambda r: r.probabilities
+) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect `keep(record)` of the wanted kinds during the block, in call order.
+
+    The model must use our attention (`dqbart.quant.attention.use_attention`). Replays by activation
+    checkpointing run under autograd's backward, after the block, so they are not seen twice.
+    """
+    kinds = attention_kinds(model)
+    found: dict[str, list[Tensor]] = {kind: [] for kind in wanted}
+
+    def listen(record: AttentionRecord) -> None:
+        kind = kinds.get(id(record.module))
+        if kind in found:
+            found[kind].append(keep(record))
+
+    if not wanted:
+        yield found
+        return
+    with listening(listen):
+        yield found
+
+
+def forward_with_attention(
+    model: Any, inputs: dict[str, Tensor], kinds: set[str], *, hidden: bool, modules_of: Any = None
+) -> tuple[Any, dict[str, list[Tensor]]]:
+    """Run a seq2seq model; returns its output and the captured attention maps.
+
+    `modules_of`: the bare model, where `model` is a wrapper (DistributedDataParallel) around it.
+    """
+    with capture_attention(model if modules_of is None else modules_of, kinds) as maps:
+        output = model(**inputs, output_hidden_states=hidden, use_cache=False)
+    return output, maps
+
+
+def no_grad_autocast(enabled: bool, device: torch.device) -> Any:
+    """bf16 autocast for the teacher's forward: Trainer only wraps the student's."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

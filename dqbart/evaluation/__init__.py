@@ -1,0 +1,1 @@
+"""Decoding a test set and scoring it: ROUGE, BLEU, their intervals and settings."""

@@ -1,0 +1,161 @@
+"""Is this folder what it says it is? Structure, digests and contents, before anything is built from it.
+
+`check_files` runs at every load (headers against the model that config.json describes, sha256 of every tensor,
+scales, padding); `verify` adds what costs a pass over all codes. The first defect raises, naming file, tensor, what
+was found and what was expected.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dqbart.packed import shards
+from dqbart.packed.layout import as_bytes, check
+from dqbart.packed.shards import Shard, TensorInfo
+from dqbart.packed.skeleton import expected_tensors, swap_modules
+from dqbart.packed.spec import PackedSpec
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was checked. `weight_bytes` is the sum of the files' sizes."""
+
+    folder: str
+    architecture: str
+    files: int
+    tensors: int
+    packed_modules: int
+    weight_bytes: int
+    dqbart_version: str
+
+
+def verify(folder: str | Path) -> VerifyReport:
+    """Check a packed folder completely, without keeping a model.
+
+    Raises `FileNotFoundError` for what is not there, `ValueError` for the first thing that is wrong.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    spec = read_spec(folder, config)
+    found = [shards.read_shard(file) for file in shards.shard_files(folder)]
+    model = build_skeleton(folder, config, spec)
+    check_files(found, expected_tensors(model, spec), spec, everything=True)
+    return VerifyReport(
+        folder=str(folder),
+        architecture=type(model).__name__,
+        files=len(found),
+        tensors=sum(len(shard.tensors) for shard in found),
+        packed_modules=len(spec.modules),
+        weight_bytes=sum(shard.size for shard in found),
+        dqbart_version=spec.dqbart_version,
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a packed folder. Raises like `verify`."""
+    file = folder / CONFIG
+    if not file.is_file():
+        what = f"no {CONFIG} in it" if folder.is_dir() else "no such folder"
+        raise FileNotFoundError(f"{folder}: {what}; expected a folder that dqbart wrote")
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from None
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "dqbart":
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise ValueError(f"{file}: quant_method {method!r}: expected 'dqbart'; make the folder with dqbart compress")
+    return config  # type: ignore[no-any-return]
+
+
+def read_spec(folder: Path, config: dict[str, Any]) -> PackedSpec:
+    """The validated quantization_config. Raises `ValueError` naming file and field."""
+    try:
+        return PackedSpec.from_dict(config["quantization_config"])
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: quantization_config: {error}") from None
+
+
+def model_class(folder: Path, config: dict[str, Any]) -> Any:
+    """transformers' class that config.json names. Raises `ValueError` if there is no such class."""
+    import transformers
+
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(f"{folder / CONFIG}: architectures {names!r}: expected one model class of transformers")
+    return found
+
+
+def build_skeleton(folder: Path, config: dict[str, Any], spec: PackedSpec) -> Any:
+    """The packed model without data, on the meta device."""
+    cls = model_class(folder, config)
+    values = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        with torch.device("meta"):
+            model = cls(cls.config_class.from_dict(values))
+        swap_modules(model, spec)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder / CONFIG}: {' '.join(str(error).split())}") from None
+    return model
+
+
+def check_files(
+    found: Iterable[Shard],
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    spec: PackedSpec,
+    *,
+    prefix: str = "",
+    everything: bool = False,
+) -> None:
+    """Hold shards to what the model expects. `prefix`: the part of a larger checkpoint that is wanted ("model.").
+
+    `everything` also looks at every code and float. Raises `ValueError` naming file, tensor, found and expected.
+    """
+    found = list(found)
+    for shard in found:
+        version = shard.metadata.get("dqbart_format")
+        if version != str(spec.format_version) or shard.metadata.get("format") != "pt":
+            raise ValueError(f"{shard.file}: dqbart_format {version!r}: expected '{spec.format_version}'")
+    tensors = {n.removeprefix(prefix): t for n, t in shards.merge(found).items() if n.startswith(prefix)}
+    folder = found[0].file.parent if found else Path()
+    for name, (dtype, shape) in expected.items():
+        info = tensors.get(name)
+        if info is None:
+            raise ValueError(f"{folder}: tensor {prefix}{name}: missing, expected {dtype} {list(shape)}")
+        if (info.dtype, info.shape) != (dtype, shape):
+            raise ValueError(
+                f"{info.file}: tensor {prefix}{name}: found {info.dtype} {list(info.shape)}, "
+                f"expected {dtype} {list(shape)}"
+            )
+    for name, info in tensors.items():
+        if name not in expected:
+            raise ValueError(f"{info.file}: tensor {prefix}{name}: the model has no such tensor")
+    for shard in found:
+        shards.check_digests(shard)
+    for name, info in tensors.items():
+        try:
+            _check_content(name, info, spec, everything)
+        except ValueError as error:
+            raise ValueError(f"{info.file}: tensor {prefix}{name}: {error}") from None
+
+
+def _check_content(name: str, info: TensorInfo, spec: PackedSpec, everything: bool) -> None:
+    module, _, leaf = name.rpartition(".")
+    entry = spec.modules.get(module)
+    if entry is not None and leaf == "weight_scale":
+        scale = shards.read_tensor(info)
+        if not (scale.isfinite() & (scale >= 0)).all():
+            raise ValueError("scales that are negative, infinite or NaN; expected finite ones of at least 0")
+    elif entry is not None and leaf == "weight":
+        words = shards.read_tensor(info)
+        check(as_bytes(words), entry.bits, entry.shape[1], entry.layout, padding_only=not everything)
+    elif everything and info.dtype.is_floating_point and not shards.read_tensor(info).isfinite().all():
+        raise ValueError("infinite or NaN values")

@@ -1,0 +1,161 @@
+"""Attention for teachers, students and packed models: one function behind transformers' attention interface.
+
+transformers' BART, mBART, BERT, RoBERTa, XLM-R, DistilBERT and ALBERT all hand q, k, v `[B, H, L, D]` to whatever
+function their config names, after the KV cache was updated. Ours is eager attention plus two things: it quantizes
+q, k, v (and probabilities) where a module carries settings, and it shows what it computed to whoever listens
+(`dqbart.distill.capture`). So no modelling file is forked. The mask function must be registered under the same
+name: without it transformers passes no mask at all and padding is attended, silently.
+
+Integer numerics: one scale per (token, head); scores are exact integer products; probabilities stay float unless
+8 bits are asked for. Outside training, probabilities meet the values in float64, rounded once: sums over keys then
+come out the same whatever the padding, batch or cache length. Paper numerics: one scale per tensor, clip 2.5,
+q scaled before, probabilities quantized after dropout (DQ-BART's modeling_bart_quant.py).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dqbart.quant.quantizers import PaperQuantizer, Quantizer
+
+NAME = "dqbart"
+_ROW = Quantizer(8, "row")
+_TENSOR = PaperQuantizer(8, "tensor")
+
+
+@dataclass(frozen=True)
+class AttentionNumerics:
+    """How one attention module quantizes; kept as its plain attribute `attention_numerics`."""
+
+    numerics: Literal["integer", "paper"]
+    probability_bits: Literal[8, 32]
+
+
+@dataclass(frozen=True)
+class AttentionRecord:
+    """What one attention call computed. Shapes: q `[B,H,Q,D]`, k, v `[B,H,K,D]`, the others `[B,H,Q,K]`."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scores: Tensor  # before the softmax, mask added
+    probabilities: Tensor  # after the softmax, before dropout and quantization
+
+
+_listener: ContextVar[Callable[[AttentionRecord], None] | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listening(listener: Callable[[AttentionRecord], None]) -> Iterator[None]:
+    """Call `listener` for every attention computed in the block, by this thread."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """transformers' attention interface: `([B, Q, H, D], probabilities [B, H, Q, K])`."""
+    settings: AttentionNumerics | None = getattr(module, "attention_numerics", None)
+    scaling = query.size(-1) ** -0.5 if scaling is None else scaling
+    integer = settings is not None and settings.numerics == "integer"
+    exact = integer and not module.training and not torch.is_grad_enabled()
+
+    if settings is None:
+        scores = query @ key.transpose(2, 3) * scaling
+        values = value
+    elif settings.numerics == "paper":
+        scores = _TENSOR.fake(query * scaling) @ _TENSOR.fake(key).transpose(2, 3)
+        values = _TENSOR.fake(value)
+    else:
+        scores, values = _integer_scores(query, key, scaling, exact), _ROW.fake(value)
+
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    # float64 where it counts: a sum over keys, rounded once to fp32, is the same for any padding and any cache length.
+    probabilities = F.softmax(scores, dim=-1, dtype=torch.float64 if exact else None).to(scores.dtype)
+    if (listener := _listener.get()) is not None:
+        listener(AttentionRecord(module, query, key, value, scores, probabilities))
+    weights = F.dropout(probabilities, p=dropout, training=module.training)
+
+    if settings is None:
+        output = weights @ values
+    elif settings.numerics == "paper":
+        output = (_TENSOR.fake(weights) if settings.probability_bits == 8 else weights) @ values
+    elif settings.probability_bits == 8:
+        output = _quantized_mixture(weights, value)
+    elif exact:
+        output = (weights.double() @ values.double()).to(values.dtype)
+    else:
+        output = weights @ values
+    return output.transpose(1, 2).contiguous(), probabilities
+
+
+def _integer_scores(query: Tensor, key: Tensor, scaling: float, exact: bool) -> Tensor:
+    """(q . k) s_q s_k scaling: the integer sum is below 127 * 127 * D < 2^24, exact in fp32, for D <= 1040."""
+    if not exact:
+        return _ROW.fake(query) @ _ROW.fake(key).transpose(2, 3) * scaling
+    q, q_scale = _ROW.quantize_float(query)
+    k, k_scale = _ROW.quantize_float(key)
+    dots = (q @ k.transpose(2, 3)) if q.size(-1) <= 1040 else (q.double() @ k.double().transpose(2, 3)).float()
+    return (dots.mul_(q_scale).mul_(k_scale.transpose(2, 3)) * scaling).to(query.dtype)
+
+
+def _quantized_mixture(weights_BHQK: Tensor, value_BHKD: Tensor) -> Tensor:
+    """8-bit probabilities: p_j s_v[j] is quantized per query row and meets V's integer codes."""
+    codes, scale = _ROW.quantize_float(value_BHKD.detach())
+    if torch.is_grad_enabled() and (weights_BHQK.requires_grad or value_BHKD.requires_grad):
+        # fake(v) = codes * scale carries the gradient to v; dividing by the scale gives the codes back.
+        scaled = _ROW.fake(weights_BHQK * scale.transpose(2, 3))
+        return scaled @ (_ROW.fake(value_BHKD) / scale)
+    left, left_scale = _ROW.quantize_float(weights_BHQK * scale.transpose(2, 3))
+    # Exact: |sum| < 2^53 in float64, and at most 127 * 127 * K.
+    return ((left.double() @ codes.double()).float() * left_scale).to(value_BHKD.dtype)
+
+
+def register() -> None:
+    """Make `"dqbart"` known to transformers: the attention and its mask, together."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, eager_mask)
+
+
+def use_attention(model: Any) -> None:
+    """Switch a model (a float teacher too) to our attention. It lives on the model's config object."""
+    register()
+    model.set_attn_implementation(NAME)
+
+
+def quantize_attention(model: Any, *, numerics: str = "integer", probability_bits: int = 32) -> list[str]:
+    """Give every attention module of `model` its settings, switch to our attention; returns their names."""
+    settings = AttentionNumerics(numerics, probability_bits)  # type: ignore[arg-type]
+    names = [n for n, m in model.named_modules() if _is_attention(m)]
+    for name in names:
+        model.get_submodule(name).attention_numerics = settings
+    use_attention(model)
+    return names
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """An attention module is one that owns the projections: q and k linear layers, under either name."""
+    own = dict(module.named_children())
+    return any({q, k} <= own.keys() for q, k in (("q_proj", "k_proj"), ("query", "key"), ("q_lin", "k_lin")))

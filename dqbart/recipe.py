@@ -1,0 +1,310 @@
+"""What a compression run is to do: bits, layers, losses, training and storage, decided once.
+
+A `Recipe` is a frozen value. Everything downstream reads it and nothing writes it, so `recipe.yaml` beside a
+packed model says exactly how it was made. The notation is DQ-BART's (arXiv 2203.11239): bits are
+weights-embeddings-activations, layers are encoder-decoder. Values that depend on the teacher (layers left out,
+learning rate left out) are filled in by `Recipe.resolve` before anything runs.
+"""
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+WEIGHT_BITS = (1, 2, 3, 4, 8, 32)
+ACTIVATION_BITS = (8, 32)
+
+T = TypeVar("T")
+
+# Low bits rebuild weights instead of rounding them, and want a larger step (TBT's scripts, ParetoQ).
+LEARNING_RATE = {1: 2.5e-4, 2: 3e-4, 3: 1.5e-4, 4: 1e-4, 8: 5e-5, 32: 5e-5}
+
+
+def _suggest(name: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bit widths as `W-E-A`: linear weights, embeddings (with the tied lm_head), activations.
+
+    Two bits are ternary {-1, 0, 1}; 32 means "left in float". `Bits("2-2-8").weights == 2`.
+    Raises `ValueError` for anything else than three allowed numbers joined by dashes.
+    """
+
+    text: str
+    weights: int = field(init=False, compare=False, repr=False)
+    embeddings: int = field(init=False, compare=False, repr=False)
+    activations: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        match = re.fullmatch(r"(\d+)-(\d+)-(\d+)", self.text) if isinstance(self.text, str) else None
+        numbers = tuple(int(n) for n in match.groups()) if match else ()
+        if not numbers or not {numbers[0], numbers[1]} <= set(WEIGHT_BITS) or numbers[2] not in ACTIVATION_BITS:
+            raise ValueError(
+                f"bits {self.text!r}: expected W-E-A, such as 2-2-8, with weights and embeddings in "
+                f"{WEIGHT_BITS} and activations in {ACTIVATION_BITS}"
+            )
+        object.__setattr__(self, "text", "{}-{}-{}".format(*numbers))
+        for name, value in zip(("weights", "embeddings", "activations"), numbers, strict=True):
+            object.__setattr__(self, name, value)
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def quantized(self) -> bool:
+        return self.text != "32-32-32"
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Number of layers kept: `E-D` for encoder-decoders (`6-3`), one number (`6`) for encoders."""
+
+    text: str
+    encoder: int = field(init=False, compare=False, repr=False)
+    decoder: int | None = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(self.text))
+        numbers = [int(n) for n in match.groups() if n is not None] if match else [0]
+        if min(numbers) < 1:
+            raise ValueError(
+                f"layers {self.text!r}: expected E-D, such as 6-3, or one number for an encoder; at least 1 each"
+            )
+        object.__setattr__(self, "text", "-".join(map(str, numbers)))
+        object.__setattr__(self, "encoder", numbers[0])
+        object.__setattr__(self, "decoder", numbers[1] if len(numbers) == 2 else None)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weight of each distillation term; 0 leaves the term out (and its tensors uncomputed)."""
+
+    task: float = 0.2
+    logits: float = 1.0
+    encoder_attention: float = 0.0
+    decoder_attention: float = 0.0
+    cross_attention: float = 0.0
+    encoder_hidden: float = 0.0
+    decoder_hidden: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e6:
+                raise ValueError(f"losses.{name} {value!r}: expected a number of at least 0")
+        if not any(dataclasses.asdict(self).values()):
+            raise ValueError("losses: all weights are 0; give at least one of them a positive weight")
+
+
+PAPER_LOSSES = LossWeights(**{f.name: 1.0 for f in dataclasses.fields(LossWeights)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One compression run. Keyword-only; strings are accepted for `bits` and `layers`.
+
+    Raises `ValueError` naming the field, the value received and the values allowed.
+    """
+
+    # The small model
+    bits: Bits = Bits("2-2-8")
+    layers: Layers | None = None  # None: as many as the teacher has
+    numerics: Literal["integer", "paper"] = "integer"
+    probability_bits: Literal[8, 32] = 32  # 8: attention probabilities too (DQ-BART quantizes them)
+    skip: tuple[str, ...] = ()  # module name patterns left in float, such as "*.layers.0.fc2"
+    storage: Literal["planar32", "trits"] = "planar32"  # trits: 1.6 bits per ternary weight on disk
+    float_dtype: Literal["float16", "float32"] = "float16"  # positions, norms and biases on disk
+
+    # What it learns from
+    losses: LossWeights = LossWeights()
+    logits_loss: Literal["kl", "mse"] = "kl"
+    temperature: float = 1.0
+
+    # How long and how fast it learns
+    epochs: float = 3.0  # 0: quantize without training
+    max_steps: int = 0  # above 0 it wins over epochs
+    learning_rate: float | None = None  # None: by bits and width, see resolve()
+    batch_size: int = 32
+    gradient_accumulation: int = 1
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # 0: no clipping
+    label_smoothing: float = 0.0
+    bf16: bool = False
+    seed: int = 28
+
+    # Data
+    source_column: str | None = None
+    target_column: str | None = None
+    source_prefix: str = ""
+    source_lang: str | None = None
+    target_lang: str | None = None
+    max_source_length: int = 1024
+    max_target_length: int = 128
+
+    # Model selection and scores
+    metric: Literal["rouge", "bleu"] = "rouge"
+    language: str = "en"  # of the target text: rouge stems English only
+    evaluations: int = 4  # dev decodings during training, the last step included
+    dev_subset: int = 200
+    eval_batch_size: int = 32
+    generation: dict[str, Any] = field(default_factory=dict)  # on top of generation_config.json
+
+    def __post_init__(self) -> None:
+        for name, kind in (("bits", Bits), ("layers", Layers)):
+            if isinstance(getattr(self, name), str | int):
+                object.__setattr__(self, name, kind(str(getattr(self, name))))
+        if isinstance(self.losses, dict):
+            object.__setattr__(self, "losses", _build(LossWeights, self.losses, "losses."))
+        object.__setattr__(self, "skip", tuple(self.skip) if not isinstance(self.skip, str) else (self.skip,))
+        if isinstance(self.learning_rate, str):  # YAML 1.1 reads 3e-5 as text
+            try:
+                object.__setattr__(self, "learning_rate", float(self.learning_rate))
+            except ValueError:
+                raise ValueError(f"learning_rate {self.learning_rate!r}: expected a number") from None
+        for f in dataclasses.fields(self):
+            _check_type(f.name, getattr(self, f.name), _HINTS[f.name])
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        at_least = {
+            "epochs": 0, "max_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "evaluations": 0,
+            "batch_size": 1, "gradient_accumulation": 1, "dev_subset": 1, "eval_batch_size": 1,
+            "max_source_length": 2, "max_target_length": 2,
+        }  # fmt: skip
+        for name, low in at_least.items():
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name} {getattr(self, name)!r}: expected at least {low}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature {self.temperature!r}: expected above 0")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"learning_rate {self.learning_rate!r}: expected above 0")
+        for name in ("warmup_ratio", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)!r}: expected from 0 to below 1")
+        if self.storage == "trits" and 2 not in (self.bits.weights, self.bits.embeddings):
+            raise ValueError(
+                f"storage 'trits' with bits {self.bits}: only 2-bit (ternary) weights have trits; use 'planar32'"
+            )
+        if self.probability_bits == 8 and self.bits.activations != 8:
+            raise ValueError(f"probability_bits 8 with bits {self.bits}: needs 8-bit activations, such as 2-2-8")
+        if self.numerics == "paper" and self.bits.quantized:
+            # DQ-BART's released code knows these two widths and no others (methods.md, section 1).
+            if self.bits.text not in ("8-8-8", "2-2-8"):
+                raise ValueError(
+                    f"numerics 'paper' with bits {self.bits}: the paper has 8-8-8 and 2-2-8; use numerics 'integer'"
+                )
+        if self.numerics == "paper" and (self.logits_loss, self.temperature) != ("mse", 1):
+            raise ValueError(
+                f"logits_loss {self.logits_loss!r}, temperature {self.temperature:g} with numerics 'paper': the paper "
+                "has 'mse' and 1; start from preset 'paper-2-2-8' or use numerics 'integer'"
+            )
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "Recipe":
+        """`Recipe.preset("paper-2-2-8", layers="6-3")`. Raises `ValueError` listing the presets."""
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r}: {_suggest(name, list(PRESETS))}expected one of {', '.join(PRESETS)}")
+        return _build(cls, PRESETS[name] | changes)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """Build from plain values; an optional key `preset` gives the base. Unknown keys raise."""
+        values = dict(values)
+        preset = values.pop("preset", None)
+        return cls.preset(preset, **values) if preset is not None else _build(cls, values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "Recipe":
+        """Read a recipe file. Raises `ValueError` naming the file and the key that is wrong."""
+        return cls.from_dict(read_yaml(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for YAML or JSON; `Recipe.from_dict` is the exact inverse."""
+        values = dataclasses.asdict(self)
+        values["bits"] = self.bits.text
+        values["layers"] = self.layers.text if self.layers else None
+        values["skip"] = list(self.skip)
+        return values
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def resolve(self, config: Any) -> "Recipe":
+        """Fill what depends on the teacher's transformers config: layers and learning rate.
+
+        The rate is a base by weight bits, times sqrt(768 / width): narrow models take larger steps
+        (4+4 layers of width 256 did best near 5e-4 at two bits).
+        """
+        changes: dict[str, Any] = {}
+        if self.layers is None:
+            changes["layers"] = (
+                Layers(f"{config.encoder_layers}-{config.decoder_layers}")
+                if config.is_encoder_decoder
+                else Layers(str(config.num_hidden_layers))
+            )
+        if self.learning_rate is None:
+            low = min(self.bits.weights, self.bits.embeddings)
+            changes["learning_rate"] = float(f"{LEARNING_RATE[low] * (768 / config.hidden_size) ** 0.5:.2g}")
+        return dataclasses.replace(self, **changes)
+
+
+_HINTS = get_type_hints(Recipe)
+
+_PAPER: dict[str, Any] = dict(
+    numerics="paper", probability_bits=8, losses=PAPER_LOSSES, logits_loss="mse", learning_rate=3e-5,
+    epochs=20.0, batch_size=8, gradient_accumulation=16, max_grad_norm=0.0,
+)  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": dict(bits="2-2-8"),  # the default: 2 bits everywhere
+    "cautious": dict(bits="2-4-8"),  # a 4-bit vocabulary matrix costs a little size and saves most of the loss
+    "tiny": dict(bits="1-1-8"),
+    "int8": dict(bits="8-8-8", epochs=1.0),
+    "paper-8-8-8": _PAPER | dict(bits="8-8-8"),
+    "paper-2-2-8": _PAPER | dict(bits="2-2-8"),
+}
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A mapping from a YAML file. Raises `ValueError` naming the file for anything else."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such recipe file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected 'key: value' lines, found {type(values).__name__}")
+    return values
+
+
+def _build(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
+    allowed = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in allowed:
+            raise ValueError(f"recipe key {prefix}{key}: {_suggest(str(key), allowed)}allowed: {', '.join(allowed)}")
+    return cls(**values)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """One rule for all fields: the annotation is what is allowed (int passes for float)."""
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint) or isinstance(value, bool):
+            raise ValueError(f"{name} {value!r}: expected one of {', '.join(map(repr, get_args(hint)))}")
+        return
+    parts = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    kinds: list[type] = [get_origin(part) or part for part in parts]
+    accepted = tuple(kinds) + ((int,) if float in kinds else ())
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
+        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} {value!r}: expected {names}, found {type(value).__name__}")
