@@ -21,6 +21,8 @@ The float teacher is put through both searches as well, which shows whether the 
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from dqbart.recipe import Layers, Recipe
 from dqbart.student.depth import make_student, stack_maps
 
 TOLERANCE = 1e-4
+RERUNS = 16
 NAMES = {  # theirs -> ours
     "task": "task", "logits": "logits", "enc_att": "encoder_attention", "dec_att": "decoder_attention",
     "crs_att": "cross_attention", "enc_hid": "encoder_hidden", "dec_hid": "decoder_hidden",
@@ -143,8 +146,18 @@ SEARCHES: dict[str, dict[str, int]] = {
 }
 
 
+def noisy_students(teacher: Any, case: dict[str, Any]) -> Iterator[Any]:
+    """The student with every weight off by about 1e-7 of itself, again and again."""
+    for seed in range(RERUNS):
+        student = build(teacher, case)[0].eval()
+        generator = torch.Generator().manual_seed(seed)
+        for weight in student.parameters():
+            weight.mul_(1 + 1e-7 * torch.randn(weight.shape, generator=generator))
+        yield student
+
+
 @torch.no_grad()
-def generated(teacher: Any, case: dict[str, Any], inputs: dict[str, Tensor], reruns: int = 16) -> dict[str, list[str]]:
+def generated(teacher: Any, case: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, list[str]]:
     """One verdict per row (see above) for the greedy and the beam-4 ids of a case."""
     verdicts: dict[str, list[str]] = {}
     pad = teacher.config.pad_token_id
@@ -152,14 +165,10 @@ def generated(teacher: Any, case: dict[str, Any], inputs: dict[str, Tensor], rer
         theirs = torch.tensor(case[kind])
         student = build(teacher, case)[0].eval()
         rows = ["identical" if ok else "" for ok in same_rows(student.generate(**inputs, **settings), theirs, pad)]
-        tries = [("search", student)] if kind == "beam4" else []
-        for seed in range(reruns if not all(rows) else 0):
-            noisy = build(teacher, case)[0].eval()
-            generator = torch.Generator().manual_seed(seed)
-            for weight in noisy.parameters():
-                weight.mul_(1 + 1e-7 * torch.randn(weight.shape, generator=generator))
-            tries.append(("noise", noisy))
-        for verdict, model in tries if not all(rows) else ():
+        noise = (("noise", noisy) for noisy in noisy_students(teacher, case))
+        tries = chain([("search", student)] if kind == "beam4" else [], noise)
+        while not all(rows) and (attempt := next(tries, None)):
+            verdict, model = attempt
             found = search_417(model, inputs, **settings) if kind == "beam4" else model.generate(**inputs, **settings)
             rows = [row or (verdict if ok else "") for row, ok in zip(rows, same_rows(found, theirs, pad), strict=True)]
         verdicts[kind] = [row or "DIFFERENT" for row in rows]

@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 import transformers
-from teacher_training import EOS, Crew, Denoiser, Example, Task, Training  # type: ignore[import-not-found]
+from teacher_training import BOS, EOS, PAD, Crew, Denoiser, Example, Task, Training  # type: ignore[import-not-found]
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
+    GenerationConfig,
     MBart50Tokenizer,
     MBartConfig,
     MBartForConditionalGeneration,
@@ -127,11 +128,14 @@ def build_model(task: Task, vocab_size: int) -> Any:
         model = MBartForConditionalGeneration(MBartConfig(**sizes, scale_embedding=True))
     else:
         model = BartForConditionalGeneration(BartConfig(**sizes))
-    model.generation_config.update(
+    model.generation_config = GenerationConfig(
+        bos_token_id=BOS,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
         max_length=task.max_target,
         num_beams=4,
         early_stopping=True,
-        forced_bos_token_id=None if task.multilingual else 0,  # mBART: the target's code, given per call
+        forced_bos_token_id=None if task.multilingual else BOS,  # mBART: the target's code, given per call
         forced_eos_token_id=EOS,
         decoder_start_token_id=EOS,
     )

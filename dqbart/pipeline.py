@@ -63,6 +63,7 @@ def compress(
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     output = Path(os.path.abspath(output))
     say(f"teacher {teacher if isinstance(teacher, str | Path) else type(teacher).__name__}")
+    from dqbart.data.batches import set_languages
     from dqbart.data.splits import read_training_data
     from dqbart.student.depth import stack_maps
     from dqbart.teacher import load_teacher
@@ -70,6 +71,7 @@ def compress(
     model, tokenizer = load_teacher(teacher, tokenizer, device)
     recipe = recipe.resolve(model.config)
     maps = stack_maps(model.config, recipe.layers)  # type: ignore[arg-type]
+    set_languages(tokenizer, recipe.source_lang, recipe.target_lang)
     train, dev = read_training_data(data, dev_data, recipe, DEV_HELD_OUT)
     run = Run.open(
         output,
@@ -96,7 +98,7 @@ def compress(
             report["scores"] = _scores(model, tokenizer, staged, dev, recipe, device)
     from dqbart.evaluation import card
 
-    card.write(staged, report, teacher if isinstance(teacher, str) else None)
+    card.write(staged, report, str(teacher) if isinstance(teacher, str | Path) else None, output.name)
     run.finish(staged, report)
     say(card.size_lines(report))
     return Result(output, report)
@@ -190,11 +192,9 @@ def _distil(
 def _pack(student: Any, tokenizer: Any, teacher: Any, recipe: Recipe, run: Run) -> Path:
     import torch
 
-    from dqbart.data.batches import set_languages
     from dqbart.evaluation.generate import effective_generation
     from dqbart.packed.checkpoint import round_floats_, save_packed
 
-    set_languages(tokenizer, recipe.source_lang, recipe.target_lang)
     settings = effective_generation(
         teacher, recipe.generation, tokenizer=tokenizer, target_lang=recipe.target_lang,
         max_target_length=recipe.max_target_length,

@@ -8,6 +8,7 @@ learning rate left out) are filled in by `Recipe.resolve` before anything runs.
 
 import dataclasses
 import difflib
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,18 @@ LEARNING_RATE = {1: 2.5e-4, 2: 3e-4, 3: 1.5e-4, 4: 1e-4, 8: 5e-5, 32: 5e-5}
 def _suggest(name: str, allowed: list[str]) -> str:
     close = difflib.get_close_matches(name, allowed, n=1)
     return f"did you mean {close[0]!r}? " if close else ""
+
+
+def _number(name: str, value: Any) -> Any:
+    """YAML 1.1 reads 3e-5 as text: make it the number it is. Raises `ValueError` for other text, NaN, infinity."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"{name} {value!r}: expected a number") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} {value!r}: expected a finite number")
+    return value
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,8 @@ class LossWeights:
     decoder_hidden: float = 0.0
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _number(f"losses.{f.name}", getattr(self, f.name)))
         for name, value in dataclasses.asdict(self).items():
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e6:
                 raise ValueError(f"losses.{name} {value!r}: expected a number of at least 0")
@@ -166,13 +181,13 @@ class Recipe:
                 object.__setattr__(self, name, kind(str(getattr(self, name))))
         if isinstance(self.losses, dict):
             object.__setattr__(self, "losses", _build(LossWeights, self.losses, "losses."))
-        object.__setattr__(self, "skip", tuple(self.skip) if not isinstance(self.skip, str) else (self.skip,))
-        if isinstance(self.learning_rate, str):  # YAML 1.1 reads 3e-5 as text
-            try:
-                object.__setattr__(self, "learning_rate", float(self.learning_rate))
-            except ValueError:
-                raise ValueError(f"learning_rate {self.learning_rate!r}: expected a number") from None
+        skip = (self.skip,) if isinstance(self.skip, str) else self.skip
+        if not isinstance(skip, list | tuple) or not all(isinstance(pattern, str) for pattern in skip):
+            raise ValueError(f"skip {self.skip!r}: expected a list of module name patterns")
+        object.__setattr__(self, "skip", tuple(skip))
         for f in dataclasses.fields(self):
+            if float in (_HINTS[f.name], *get_args(_HINTS[f.name])):
+                object.__setattr__(self, f.name, _number(f.name, getattr(self, f.name)))
             _check_type(f.name, getattr(self, f.name), _HINTS[f.name])
         self._check_ranges()
 
@@ -185,6 +200,8 @@ class Recipe:
         for name, low in at_least.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} {getattr(self, name)!r}: expected at least {low}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed {self.seed!r}: expected from 0 to {2**32 - 1}")
         if not self.temperature > 0:
             raise ValueError(f"temperature {self.temperature!r}: expected above 0")
         if self.learning_rate is not None and not self.learning_rate > 0:
@@ -213,8 +230,9 @@ class Recipe:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "Recipe":
         """`Recipe.preset("paper-2-2-8", layers="6-3")`. Raises `ValueError` listing the presets."""
-        if name not in PRESETS:
-            raise ValueError(f"preset {name!r}: {_suggest(name, list(PRESETS))}expected one of {', '.join(PRESETS)}")
+        if not isinstance(name, str) or name not in PRESETS:
+            close = _suggest(str(name), list(PRESETS))
+            raise ValueError(f"preset {name!r}: {close}expected one of {', '.join(PRESETS)}")
         return _build(cls, PRESETS[name] | changes)
 
     @classmethod

@@ -59,6 +59,8 @@ class Run:
             self.output.rmdir()  # empty, or `open` would have refused
         os.replace(staged, self.output)
         shutil.rmtree(self.work / "checkpoints", ignore_errors=True)
+        if [file.name for file in self.work.iterdir()] == ["run.json"]:
+            shutil.rmtree(self.work)
 
 
 def teacher_fingerprint(model: Any) -> str:

@@ -16,7 +16,14 @@ import torch
 from safetensors import safe_open
 from test_packed_modules import logits, student
 from tiny_models import tiny_seq2seq, token_batch
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BartForConditionalGeneration,
+    GenerationConfig,
+)
 
 from dqbart.packed import checkpoint, hook, shards
 from dqbart.packed.checkpoint import load_packed, save_packed, size_table
@@ -203,7 +210,8 @@ def test_sizes_add_up_to_the_file(bart: tuple[Any, Path], tmp_path: Path) -> Non
 
 
 def run(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'kernels'}", "HF_HUB_OFFLINE": "1"}
+    paths = [str(REPO), str(REPO / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
@@ -213,10 +221,18 @@ LOAD = "AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1]); print('loaded')"
 
 def test_without_dqbart_transformers_refuses_the_folder(bart: tuple[Any, Path], tmp_path: Path) -> None:
     eight = save_packed(student("bart", "8-8-8"), tmp_path / "eight")
-    for folder in (bart[1], eight):
-        result = run(f"import sys\nfrom transformers import AutoModelForSeq2SeqLM\n{LOAD}", folder)
-        assert result.returncode != 0 and "loaded" not in result.stdout
-        assert "Unknown quantization type, got dqbart" in result.stderr and "mismatch" in result.stderr
+    code = (
+        "import sys\n"
+        "from transformers import AutoModelForSeq2SeqLM\n"
+        "for folder in sys.argv[1:]:\n"
+        "    try:\n"
+        "        AutoModelForSeq2SeqLM.from_pretrained(folder)\n"
+        "    except RuntimeError as error:\n"
+        "        print('refused', 'mismatch' in str(error))\n"
+    )
+    result = run(code, bart[1], eight)
+    assert result.returncode == 0 and result.stdout == "refused True\nrefused True\n", result.stderr
+    assert "Unknown quantization type, got dqbart" in result.stderr
 
 
 @pytest.mark.parametrize("first", ["dqbart", "transformers"])
@@ -291,17 +307,16 @@ def test_a_full_disk_leaves_nothing_half_written(
 
 
 def test_a_real_write_error_is_reported(tmp_path: Path) -> None:
-    """The operating system's own refusal, in a process that may write files of 4 kB at most."""
-    code = (
-        "import resource, sys; sys.path.insert(0, sys.argv[2])\n"
-        "from test_packed_modules import student\n"
-        "from dqbart.packed.checkpoint import save_packed\n"
-        "model = student('bart', '2-2-8')\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "save_packed(model, sys.argv[1])\n"
-    )
-    result = run(code, tmp_path / "small", REPO / "tests")
-    assert "OSError" in result.stderr.splitlines()[-1] and "could not be written (File too large)" in result.stderr
+    """The operating system's own refusal: files may have 20 kB at most."""
+    resource = pytest.importorskip("resource")
+    model = student("bart", "2-2-8")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"small: could not be written \(File too large\)"):
+            save_packed(model, tmp_path / "small")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
 
 
@@ -405,6 +420,14 @@ def test_refuses_another_vocabulary(folder: Path) -> None:
     refuses(
         folder, r"model.(shared|encoder.embed_tokens): shape \[120, 32\], but the rest of config.json makes it \[121"
     )
+
+
+@pytest.mark.parametrize("change", [{"encoder_attention_heads": 0}, {"activation_function": "tanhh"}, {"d_model": "x"}])
+def test_verify_refuses_a_config_that_builds_no_model(folder: Path, change: dict[str, Any]) -> None:
+    edit_config(folder, lambda config: config.update(change))
+    with pytest.raises(ValueError, match="config.json: ") as caught:
+        verify(folder)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("names", [None, [], ["pipeline"], ["os"], [3], "BartForConditionalGeneration"])
@@ -560,9 +583,14 @@ def test_refuses_crafted_headers(folder: Path, header: bytes, words: str) -> Non
     refuses(folder, words, via_transformers=False)
 
 
-def test_refuses_a_state_dict_and_quantizing_at_load(folder: Path) -> None:
+def test_refuses_a_state_dict_and_quantizing_at_load(bart: tuple[Any, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="state_dict given at load"):
-        AutoModelForSeq2SeqLM.from_pretrained(None, config=auto(folder).config, state_dict={})
+        BartForConditionalGeneration.from_pretrained(
+            None, config=AutoConfig.from_pretrained(bart[1]), state_dict=bart[0].state_dict()
+        )
+    tiny_seq2seq().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'dqbart' given at load: make a packed folder with dqbart compress"):
+        auto(tmp_path, quantization_config=load_packed(bart[1]).config.quantization_config)
 
 
 def test_header_is_read_by_the_safetensors_library(bart: tuple[Any, Path]) -> None:

@@ -110,6 +110,7 @@ def test_large_csv_field_and_pandas_index_column(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": 1}\n\n{"a": 1,}\n', "a.jsonl line 3: invalid JSON, .* at column 9"),
         ("a.jsonl", b'{"a": "x\n"}', "a.jsonl line 1: invalid JSON, Invalid control character|Unterminated"),
         ("a.json", b'[\n{"a": 1},\n{"a" 2}]', "a.json line 3: invalid JSON, Expecting ':' delimiter at column 6"),
+        ("a.json", b'\n\n[{"a" 2}]', "a.json line 3: invalid JSON"),
         ("a.jsonl", b'{"a": 1}\n[1]\n', "a.jsonl line 2: expected an object .*, found list"),
         ("a.json", b'[{"a": 1}, "b"]', "found str"),
         ("a.jsonl", b"[" * 100_000, "line 1: JSON is nested too deeply|line 1: invalid JSON"),

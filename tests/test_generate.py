@@ -113,6 +113,7 @@ def test_settings_are_complete_and_stable() -> None:
         "repetition_penalty": 1.0, "pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0,
     }  # fmt: skip
     assert settings.items() >= expected.items()
+    assert not any(name.startswith("_") for name in settings)
     assert not {"temperature", "top_k", "use_cache", "output_scores", "transformers_version"} & settings.keys()
     assert json.loads(json.dumps(settings)) == settings
     assert effective_generation(model, settings) == settings

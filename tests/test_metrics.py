@@ -56,6 +56,8 @@ def test_rouge_by_hand() -> None:
     # Sentences in another order: LCS keeps only one of them, Lsum both.
     values = rouge(["Dogs bark. Cats meow."], ["Cats meow. Dogs bark."])
     assert values["rougeL"] == pytest.approx(50) and values["rougeLsum"] == pytest.approx(100)
+    # One sentence holds both of the reference's, in another order: P = 4/5, R = 4/4.
+    assert rouge(["Cats meow and dogs bark."], ["Dogs bark. Cats meow."])["rougeLsum"] == pytest.approx(800 / 9)
     # P = 2/2, R = 2/4, F = 2/3
     assert rouge(["one two"], ["one two three four"])["rouge1"] == pytest.approx(200 / 3)
 

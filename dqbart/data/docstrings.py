@@ -14,14 +14,14 @@ import json
 import multiprocessing
 import os
 import re
-import sys
 import sysconfig
-import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from inspect import cleandoc
 from pathlib import Path
+
+from dqbart.data.batches import progress_bar
 
 __all__ = ["DocstringSet", "harvest", "headline_and_body", "load_docstrings", "write_docstrings"]
 
@@ -45,6 +45,7 @@ _TABLE = re.compile(
     re.IGNORECASE,
 )
 _RULE = re.compile(r"^[-=~^*#+.`|_\s]{3,}$")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MARKUP = [
     (re.compile(r":[a-z:]+:`~?\.?([^`<]*?)(\s*<[^`]*>)?`"), r"\1"),  # :class:`~pkg.Name`
     (re.compile(r"`([^`<]+?)\s*<[^`]*>`_+"), r"\1"),  # `text <link>`_
@@ -161,7 +162,7 @@ def _docstrings(path: Path) -> list[str]:
         node = stack.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node, clean=False)
-            if docstring:
+            if docstring and not _SURROGATE.search(docstring):  # those can't be written as UTF-8
                 found.append(docstring)
         stack.extend(child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt))
     return found
@@ -200,15 +201,10 @@ def harvest(roots: Iterable[str | Path], processes: int | None = None) -> list[s
 
 def _collect(parts: Iterable[list[str]], total: int) -> list[str]:
     found: dict[str, None] = {}
-    start = shown = time.monotonic()
-    for done, part in enumerate(parts, 1):
-        found.update(dict.fromkeys(part))
-        now = time.monotonic()
-        if now - shown >= 1 or (shown > start and done == total):
-            shown = now
-            end = "\n" if done == total else ""
-            line = f"\rdocstrings: {done:,} of {total:,} files, {len(found):,} found"
-            print(line, end=end, file=sys.stderr, flush=True)
+    with progress_bar(total, "docstrings", unit="file") as bar:
+        for part in parts:
+            found.update(dict.fromkeys(part))
+            bar.update()
     return list(found)
 
 
@@ -241,9 +237,9 @@ def load_docstrings(
     """Test pairs from `test_roots` (the standard library), the others from `train_roots` (site-packages).
 
     The same files give the same lists: order and the train / validation split (3 %, at most 1,000) follow the SHA-1
-    of the letters and digits. No training or validation pair shares a body or a headline with a test pair, and no
-    denoising text is a docstring of the test folders. Raises `FileNotFoundError` for a missing root, `ValueError`
-    where there is nothing to train on or to test on.
+    of the letters and digits. No docstring that has a test pair's body or headline is in train or validation, nor
+    in the denoising texts, which leave out all docstrings of the test folders. Raises `FileNotFoundError` for a
+    missing root, `ValueError` where there is nothing to train on or to test on.
     """
     paths = sysconfig.get_paths()
     test_roots = [paths["stdlib"]] if test_roots is None else test_roots
@@ -253,22 +249,24 @@ def load_docstrings(
     others = harvest(train_roots, processes)
     test = _pairs(held_out)
     seen = {_normalised(text) for pair in test for text in pair.values()}
+    texts: dict[str, str] = {}
+    kept: list[str] = []
+    held_out_texts = {_normalised(text) for docstring in held_out for text in (docstring, _text(docstring))}
+    for docstring in others:
+        if seen.isdisjoint(map(_normalised, headline_and_body(docstring) or ())):
+            kept.append(docstring)
+            text = _text(docstring)
+            if len(text.split()) >= BODY_WORDS[0] and _normalised(text) not in held_out_texts:
+                texts[_digest(text)] = text
     train: list[dict[str, str]] = []
     validation: list[dict[str, str]] = []
-    for pair in _pairs(others):
-        if seen.isdisjoint(map(_normalised, pair.values())):
-            chosen = int(_digest(pair["source"] + pair["target"])[:8], 16) % 100 < VALIDATION_PERCENT
-            (validation if chosen and len(validation) < VALIDATION_MAX else train).append(pair)
+    for pair in _pairs(kept):
+        chosen = int(_digest(pair["source"] + pair["target"])[:8], 16) % 100 < VALIDATION_PERCENT
+        (validation if chosen and len(validation) < VALIDATION_MAX else train).append(pair)
     for name, pairs, roots in (("train", train, train_roots), ("test", test, test_roots)):
         if not pairs:
             raise ValueError(f"no docstring pairs for {name} under {list(map(str, roots))}: name other folders")
-    seen.update(map(_normalised, held_out))
-    seen.update(_normalised(_text(docstring)) for docstring in held_out)
-    texts = {_normalised(text): text for text in map(_text, others) if len(text.split()) >= BODY_WORDS[0]}
-    for key in seen & texts.keys():
-        del texts[key]
-    ordered = sorted(texts.values(), key=_digest)
-    return DocstringSet(train, validation, test, ordered)
+    return DocstringSet(train, validation, test, [text for _, text in sorted(texts.items())])
 
 
 def _text(docstring: str) -> str:

@@ -56,7 +56,7 @@ def effective_generation(
 
     overrides = dict(overrides or {})
     defaults = {k: v for k, v in GenerationConfig._get_default_generation_params().items() if v is not None}
-    known = GenerationConfig().to_dict().keys() | defaults.keys()
+    known = {k for k in GenerationConfig().to_dict().keys() | defaults.keys() if not k.startswith("_")}
     for name, value in overrides.items():
         _check_override(name, value, known, defaults)
 

@@ -58,9 +58,12 @@ def forward_with_attention(
     """Run a seq2seq model; returns its output and the captured attention maps.
 
     `modules_of`: the bare model, where `model` is a wrapper (DistributedDataParallel) around it.
+    Raises `ValueError` for a model that does not use our attention.
     """
     with capture_attention(model if modules_of is None else modules_of, kinds) as maps:
         output = model(**inputs, output_hidden_states=hidden, use_cache=False)
+    if not all(maps.values()):
+        raise ValueError("no attention was seen: call dqbart.quant.attention.use_attention(model) first")
     return output, maps
 
 

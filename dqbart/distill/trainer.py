@@ -6,7 +6,9 @@ What is changed, and why (integration.md, section 3):
 - The teacher is a plain attribute: it is in no state dict, no optimizer and no DDP wrapper.
 - Dev decoding runs in eval mode with the same quantized arithmetic as the packed model; the best student so far is kept
   in `best/`, apart from the resume checkpoints, so that a checkpoint every few minutes costs no selection.
-- Ctrl-C or SIGTERM finishes the step, saves a checkpoint and stops; the same command goes on from there.
+- Ctrl-C or SIGTERM finishes the step, saves a checkpoint and stops; the same command goes on from there, to the same
+  weights bit for bit. So the order of examples follows from seed and epoch: Trainer draws it from the global random
+  state, which a run resumed within a later epoch does not have.
 """
 
 import json
@@ -60,7 +62,7 @@ def training_arguments(recipe: Recipe, folder: Path, examples: int, device: str 
         length_column_name="length",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=not (recipe.losses.task or recipe.losses.logits),  # they use every parameter
         report_to=[],
         disable_tqdm=True,
         use_cpu=device == "cpu",
@@ -94,9 +96,14 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.metric = SELECTED[objective.recipe.metric]
         self._sums: dict[str, Tensor] = {}
         self._seen = [0, 0]  # micro-batches and tokens since the last log line
+        self.order = torch.Generator()  # of examples; Progress seeds it at each epoch
         self.remove_callback(PrinterCallback)
         self.add_callback(Progress(self))
-        self.add_callback(StopOnSignal())
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        sampler.generator = self.order
+        return sampler
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -133,6 +140,13 @@ class DistillationTrainer(Seq2SeqTrainer):
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
 
+    def _forget_after(self, step: int) -> None:
+        """Drop the log of steps that will be done again, and a line that a crash cut short."""
+        log = self.folder / "metrics.jsonl"
+        if log.exists():
+            lines = [line for line in log.read_text(encoding="utf-8").splitlines(True) if line.endswith("}\n")]
+            log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+
     def means(self) -> dict[str, float]:
         """Mean of every loss term since the last call, and tokens seen; resets both."""
         count, tokens = self._seen
@@ -152,6 +166,11 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.last = time.perf_counter()
         self.start = (state.global_step, self.last)
+        if state.is_world_process_zero:
+            self.trainer._forget_after(state.global_step)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.order.manual_seed(args.seed + int(state.epoch or 0))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" not in logs or not state.is_world_process_zero:
@@ -183,46 +202,58 @@ class Progress(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM: finish the step, save, stop. A second Ctrl-C stops at once."""
+    """Ctrl-C and SIGTERM inside `with`: finish the step, save, stop all processes. A second one stops at once."""
 
-    def __init__(self) -> None:
-        self.caught: int | None = None
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+        self.caught = self.stopped = False
         self.before: dict[int, Any] = {}
 
-    def _catch(self, number: int, frame: Any) -> None:
-        if self.caught is not None:
-            raise KeyboardInterrupt
-        self.caught = number
-        print("stopping after this step; a checkpoint is saved, the same command goes on", file=sys.stderr, flush=True)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def __enter__(self) -> None:
         try:
             self.before = {n: signal.signal(n, self._catch) for n in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:  # only the main thread may set handlers; elsewhere the caller's stay
             self.before = {}
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if self.caught is not None:
-            control.should_save = control.should_training_stop = True
-        return control
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.caught is not None:
+
+    def _catch(self, number: int, frame: Any) -> None:
+        if self.caught:
             raise KeyboardInterrupt
+        self.caught = True
+        print("stopping after this step; a checkpoint is saved, the same command goes on", file=sys.stderr, flush=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.caught:
+            self.trainer.accelerator.set_trigger()
+        if self.trainer.accelerator.check_trigger():  # processes are signalled at different moments
+            self.stopped = control.should_save = control.should_training_stop = True
+        return control
 
 
 def train(trainer: DistillationTrainer) -> None:
-    """Train to the end, from the last checkpoint if there is one; then load the best student into the model."""
+    """Train to the end, from the last checkpoint if there is one; then load the best student into the model.
+
+    Raises `KeyboardInterrupt`, with a checkpoint saved, if it was told to stop.
+    """
     checkpoints = Path(trainer.args.output_dir)
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     if last is not None:
         print(f"resuming from {last}", file=sys.stderr, flush=True)
-    trainer.train(resume_from_checkpoint=last)
+    stop = StopOnSignal(trainer)
+    trainer.add_callback(stop)
+    with stop:
+        trainer.train(resume_from_checkpoint=last)
+    if stop.stopped:
+        raise KeyboardInterrupt
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    for name in ("forward", "_original_forward"):  # accelerate's autocast, if bf16: packing compares with fp32
+        vars(student).pop(name, None)
     best = trainer.folder / "best"
     if best.is_dir():
-        load_weights(trainer.accelerator.unwrap_model(trainer.model), best)
+        load_weights(student, best)
 
 
 def load_weights(model: Any, folder: Path) -> None:

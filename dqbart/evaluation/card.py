@@ -27,8 +27,8 @@ def score_line(scores: dict[str, Any], who: str) -> str:
     )
 
 
-def write(folder: Path, report: dict[str, Any], base_model: str | None) -> None:
-    """README.md of a packed folder, with the hub's metadata: base model, relation `quantized`, tags."""
+def write(folder: Path, report: dict[str, Any], base_model: str | None, called: str) -> None:
+    """README.md of a packed folder (to be `called` that), with the hub's metadata: base model, relation, tags."""
     recipe, sizes, scores = report["recipe"], report["sizes"], report.get("scores")
     on_hub = base_model if base_model is not None and not Path(base_model).exists() else None
     metadata = ["library_name: transformers", "tags:", "- dqbart", "- quantized", "- distillation"]
@@ -38,11 +38,11 @@ def write(folder: Path, report: dict[str, Any], base_model: str | None) -> None:
     lines = [
         "---", *metadata, "---", "",
         f"# {name}, {recipe['bits']} bits, {recipe['layers']} layers", "",
-        "Compressed with [dqbart](https://pypi.org/project/dqbart/): distillation-aware quantization (DQ-BART, arXiv 2203.11239). "
+        "Compressed with dqbart: distillation-aware quantization (DQ-BART, arXiv 2203.11239). "
         f"Bits are weights-embeddings-activations, layers encoder-decoder; numerics `{recipe['numerics']}`.", "",
         "```python", "import dqbart", "from transformers import AutoTokenizer", "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder.name if folder.name != "packed" else "FOLDER"}")',
-        f'model = dqbart.load("{folder.name if folder.name != "packed" else "FOLDER"}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{called}")',
+        f'model = dqbart.load("{called}")',
         'ids = model.generate(**tokenizer("...", return_tensors="pt"))',
         "print(tokenizer.decode(ids[0], skip_special_tokens=True))", "```", "",
         "| | |", "| --- | --- |",

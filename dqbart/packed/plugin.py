@@ -70,8 +70,11 @@ class DqbartQuantizer(HfQuantizer):
         except ValueError as error:
             raise ValueError(f"{Path(checkpoint_files[0]).parent / 'config.json'}: {error}") from None
         check_files(found, expected_tensors(model, spec), spec, prefix=prefix)
+        self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            tensor.data = tensor.data.to(self.dtypes[name])  # 5.17 casts no tensor that it renamed
         for module in model.modules():
             if isinstance(module, PackedMatrix):
                 module.expand()

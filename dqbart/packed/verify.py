@@ -102,8 +102,8 @@ def build_skeleton(folder: Path, config: dict[str, Any], spec: PackedSpec) -> An
         with torch.device("meta"):
             model = cls(cls.config_class.from_dict(values))
         swap_modules(model, spec)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder / CONFIG}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # a wrong value in config.json upsets a model's constructor in any way it likes
+        raise ValueError(f"{folder / CONFIG}: {' '.join(str(error).split()) or repr(error)}") from None
     return model
 
 

@@ -13,7 +13,7 @@ q scaled before, probabilities quantized after dropout (DQ-BART's modeling_bart_
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -77,6 +77,9 @@ def attention(
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     integer = settings is not None and settings.numerics == "integer"
     exact = integer and not module.training and not torch.is_grad_enabled()
+    if exact and torch.is_autocast_enabled(query.device.type):
+        with without_autocast(query.device):
+            return attention(module, query, key, value, attention_mask, scaling, dropout)
 
     if settings is None:
         scores = query @ key.transpose(2, 3) * scaling
@@ -106,6 +109,12 @@ def attention(
     else:
         output = weights @ values
     return output.transpose(1, 2).contiguous(), probabilities
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast would round exact sums to bfloat16."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _integer_scores(query: Tensor, key: Tensor, scaling: float, exact: bool) -> Tensor:

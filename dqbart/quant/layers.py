@@ -21,7 +21,7 @@ from dqbart_kernels.integer_matmul import PreparedWeight, float_matmul, prepare_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dqbart.quant.attention import quantize_attention
+from dqbart.quant.attention import quantize_attention, without_autocast
 from dqbart.quant.quantizers import PaperQuantizer, Quantizer
 from dqbart.recipe import Bits
 
@@ -29,10 +29,11 @@ SUPPORTED = ("bart", "mbart", "bert", "roberta", "xlm-roberta", "distilbert", "a
 
 
 class QuantizedWeight:
-    """Codes of one weight matrix, recomputed when the matrix has changed; tied modules share one.
+    """Codes of one weight matrix, recomputed when the matrix may have changed; tied modules share one.
 
-    Change is seen by storage address and autograd version, which every optimizer, `load_state_dict` and
-    `.to()` alters. (Writing through `weight.data` does not: call `clear()` after that.)
+    Without gradient they are kept until the matrix has another storage or autograd version. (Writing through
+    `weight.data` changes neither: call `clear()` after that.) A call with gradient keeps nothing and drops what was
+    kept, because a step will follow and torch's fused optimizers, Trainer's default, raise no version.
     """
 
     def __init__(self, quantizer: Quantizer) -> None:
@@ -40,18 +41,27 @@ class QuantizedWeight:
         self.clear()
 
     def clear(self) -> None:
-        self._key: tuple[int, int] | None = None
+        self._seen: tuple[Tensor, int] | None = None  # holds the storage, so that no other one gets its address
         self._codes: tuple[Tensor, Tensor] | None = None
         self._operand: PreparedWeight | None = None
 
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """int8 codes [N, K] and fp32 scale [N, 1] or [1, 1]."""
-        key = (weight.data_ptr(), weight._version)
-        if self._codes is None or key != self._key:
+        if torch.is_grad_enabled() and weight.requires_grad:
+            self.clear()
+            return self.quantizer.quantize(weight.detach())
+        if not self._is_seen(weight) or self._codes is None:
+            self.clear()
             with torch.no_grad():
-                self._codes = self.quantizer.quantize(weight.detach())
-            self._key, self._operand = key, None
+                self._codes = self.quantizer.quantize(weight)
+            self._seen = weight.detach(), weight._version
         return self._codes
+
+    def _is_seen(self, weight: Tensor) -> bool:
+        if self._seen is None:
+            return False
+        seen, version = self._seen
+        return seen.data_ptr() == weight.data_ptr() and version == weight._version
 
     def operand(self, weight: Tensor) -> PreparedWeight:
         """The codes in the form that the fast integer product wants."""
@@ -76,6 +86,8 @@ class FakeQuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.integer or self.input_quantizer is None:
+            if torch.is_grad_enabled():
+                self.quantized_weight.clear()
             x = self.input_quantizer.fake(input) if self.input_quantizer else input
             return F.linear(x, self.quantized_weight.quantizer.fake(self.weight).to(x.dtype), self.bias)
         x_MK = input.reshape(-1, self.in_features)
@@ -101,6 +113,7 @@ class FakeQuantEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and self.weight.requires_grad:
+            self.quantized_weight.clear()
             # Scales are per row, so quantizing the looked-up rows is quantizing the matrix.
             rows = self.quantized_weight.quantizer.fake(super().forward(input))
         else:
@@ -117,7 +130,9 @@ def integer_linear(
 ) -> Tensor:
     """The contract's product, without gradient: packed modules and evaluation both run this."""
     a_MK, scale_M1 = quantizer.quantize_float(x_MK)
-    return _finish(operand.matmul(a_MK), scale_M1, scale_N1, bias_N).to(x_MK.dtype)
+    with without_autocast(x_MK.device):
+        acc_MN = operand.matmul(a_MK)
+    return _finish(acc_MN, scale_M1, scale_N1, bias_N).to(x_MK.dtype)
 
 
 def _finish(acc_MN: Tensor, scale_M1: Tensor, scale_N1: Tensor, bias_N: Tensor | None) -> Tensor:
@@ -134,7 +149,8 @@ class _IntegerLinear(torch.autograd.Function):
         ctx: Any, x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None, codes_NK: Tensor, scale_N1: Tensor, q: Quantizer
     ) -> Tensor:
         a_MK, scale_M1 = q.quantize_float(x_MK)
-        acc_MN = float_matmul(a_MK, codes_NK)
+        with without_autocast(x_MK.device):
+            acc_MN = float_matmul(a_MK, codes_NK)
         ctx.save_for_backward(a_MK.to(torch.int8), scale_M1, codes_NK, scale_N1)
         ctx.dtypes = x_MK.dtype, w_NK.dtype
         return _finish(acc_MN, scale_M1, scale_N1, bias_N).to(x_MK.dtype)
@@ -155,7 +171,7 @@ class _IntegerLinear(torch.autograd.Function):
         return dx, dw, db, None, None, None
 
 
-def quantizable(model: nn.Module) -> tuple[list[str], list[str]]:
+def quantizable(model: Any) -> tuple[list[str], list[str]]:
     """Names of the linear modules, and of the modules that hold the vocabulary matrix, in `model`.
 
     Linear: every `nn.Linear` of the base model except poolers. Vocabulary: the input embedding, whatever
@@ -169,6 +185,11 @@ def quantizable(model: nn.Module) -> tuple[list[str], list[str]]:
     base = model.base_model
     shared = model.get_input_embeddings().weight
     modules = dict(model.named_modules())
+    apart = [n for n, m in modules.items() if n.endswith("embed_tokens") and getattr(m, "weight", shared) is not shared]
+    if apart:
+        raise ValueError(
+            f"{apart[0]} has a vocabulary matrix of its own (tie_word_embeddings=False): expected one shared matrix"
+        )
     inside = {id(m) for name, m in base.named_modules() if "pooler" not in name}
     linear = [n for n, m in modules.items() if isinstance(m, nn.Linear) and id(m) in inside]
     vocabulary = [n for n, m in modules.items() if getattr(m, "weight", None) is shared]
@@ -192,6 +213,10 @@ def prepare(
     bits = Bits(bits) if isinstance(bits, str) else bits
     if numerics not in ("integer", "paper"):
         raise ValueError(f"numerics {numerics!r}: expected 'integer' or 'paper'")
+    if probability_bits not in (8, 32):
+        raise ValueError(f"probability_bits {probability_bits!r}: expected 8 or 32")
+    if probability_bits == 8 and bits.activations != 8:
+        raise ValueError(f"probability_bits 8 with bits {bits}: needs 8-bit activations, such as 2-2-8")
     linear, vocabulary = quantizable(model)
     for pattern in skip:
         if not fnmatch.filter(linear + vocabulary, pattern):

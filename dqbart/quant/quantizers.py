@@ -79,6 +79,7 @@ class Quantizer:
             shape = [*x.shape[:-1], 1] if self.granularity == "row" else [1] * x.dim()
             return x.clone(), x.new_ones(shape)
         if self.clip is not None:
+            _require_finite(x.abs().amax())  # the clamp would hide an infinity
             x = x.clamp(-self.clip, self.clip)
         codes, scale = _SCHEME[self.scheme](x if self.granularity == "row" else x.reshape(1, -1), self.qmax)
         if self.granularity == "tensor":
@@ -107,7 +108,7 @@ class PaperQuantizer(Quantizer):
     clip: float | None = 2.5
 
     def dequantize(self, x: Tensor) -> Tensor:
-        if self.scheme != "symmetric":
+        if self.scheme != "symmetric" or x.numel() == 0:
             return super().dequantize(x)
         codes, scale = self.quantize_float(x)
         peak = x.float().abs().amax(-1, keepdim=True) if self.granularity == "row" else x.float().abs().amax()

@@ -75,6 +75,7 @@ def make_student(teacher: Any, layers: Layers) -> Any:
     maps = stack_maps(teacher.config, layers)
     config = copy.deepcopy(teacher.config)
     config._attn_implementation = "eager"
+    config.encoder_layerdrop = config.decoder_layerdrop = 0.0  # a dropped layer would shift the alignment
     for field, mapping in maps.items():
         setattr(config, field, len(mapping))
     student = type(teacher)(config).to(dtype=teacher.dtype)

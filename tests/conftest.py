@@ -1,0 +1,55 @@
+"""Shared fixtures: a small teacher folder with a tokenizer, and a data file, made once per run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_seq2seq
+
+torch.set_num_threads(1)  # the models are tiny: threads only wait for each other
+
+WORDS = "the a cat dog house sees likes big small red old new tree river bird walks reads book city night".split()
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 9, (count,), generator=generator).tolist()
+    return [" ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (n,), generator=generator)) for n in lengths]
+
+
+def word_tokenizer() -> Any:
+    """One token per word, `<s> ... </s>` around, as BART has it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    model = tiny_seq2seq("bart", 3, 3, vocab_size=4 + len(WORDS), dropout=0.1)
+    model.generation_config.update(max_length=12, num_beams=2)
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 pairs: a sentence and its first words."""
+    file = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = [{"source": s, "target": " ".join(s.split()[:3])} for s in sentences(60)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file

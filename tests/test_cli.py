@@ -1,0 +1,140 @@
+"""The command line as a user meets it: flags, files, exit codes, the last line, and one-line errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dqbart.cli import main, parser, recipe_and_run
+
+
+def last_json(text: str) -> dict:
+    return json.loads(text.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def packed(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / "small"
+    assert main(["compress", str(teacher_folder), "--epochs", "0", "--layers", "2-1", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_flag_over_file_over_preset(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("teacher: here\noutput: there\nbits: 4-4-8\nlayers: 3-1\nlosses:\n  task: 0.5\n")
+    args = parser().parse_args(["compress", "--config", str(file), "--preset", "int8", "--layers", "6-3"])
+    recipe, run = recipe_and_run(args)
+    assert (recipe.bits.text, recipe.layers.text, recipe.epochs, recipe.losses.task) == ("4-4-8", "6-3", 1.0, 0.5)
+    assert run == {"teacher": "here", "output": "there"}
+
+
+def test_every_recipe_flag_is_a_recipe_field() -> None:
+    import dataclasses
+
+    from dqbart.cli import RECIPE_FLAGS
+    from dqbart.recipe import Recipe
+
+    assert set(RECIPE_FLAGS) <= {f.name for f in dataclasses.fields(Recipe)}
+
+
+def test_verbs_end_in_json(packed: Path, pairs_file: Path, tmp_path: Path, capsys) -> None:
+    assert main(["info", str(packed)]) == 0
+    info = last_json(capsys.readouterr().out)
+    assert info["file_bytes"] == (packed / "model.safetensors").stat().st_size
+    assert main(["verify", str(packed)]) == 0
+    assert last_json(capsys.readouterr().out)["architecture"] == "BartForConditionalGeneration"
+    assert main(["generate", str(packed), "--text", "the cat", "--text", "a dog", "--generation", '{"num_beams": 1}']) == 0
+    out = capsys.readouterr().out
+    assert last_json(out)["outputs"] == out.splitlines()[:-1] and len(out.splitlines()) == 3
+    rows = tmp_path / "rows.jsonl"
+    assert main(["eval", str(packed), "--data", str(pairs_file), "--limit", "5", "--out", str(rows)]) == 0
+    score = last_json(capsys.readouterr().out)
+    assert score["n"] == 5 and score["metric"] == "rouge" and len(rows.read_text().splitlines()) == 5
+    assert main(["doctor"]) == 0
+    doctor = capsys.readouterr().out
+    assert last_json(doctor)["engines"] == ["torch"] and "integer products on this CPU" in doctor
+
+
+def test_eval_takes_a_plain_checkpoint(teacher_folder: Path, pairs_file: Path, capsys) -> None:
+    assert main(["eval", str(teacher_folder), "--data", str(pairs_file), "--limit", "3", "--metric", "bleu"]) == 0
+    assert "bleu" in last_json(capsys.readouterr().out)["values"]
+
+
+BAD_FILES = {
+    "empty.jsonl": "",
+    "broken.jsonl": '{"source": "a", "target": "b"}\n{"source": \n',
+    "list.jsonl": '["a"]\n',
+    "ragged.csv": "source,target\na,b\nc\n",
+    "words.doc": "x",
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--bits", "2-5-8"], "bits '2-5-8': expected W-E-A"),
+        (["--bits", "two"], "bits 'two': expected W-E-A"),
+        (["--layers", "4-1"], "encoder layers 4: the teacher's stack has 3; expected 1 to 3"),
+        (["--layers", "3"], "a bart model has 2 stacks; expected E-D"),
+        (["--layers", "0-1"], "at least 1 each"),
+        (["--metric", "meteor"], "metric 'meteor': expected one of 'rouge', 'bleu'"),
+        (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--config", "none.yaml"], "none.yaml: no such recipe file"),
+        (["--epochs", "1"], "data is missing"),
+        (["--epochs", "1", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--epochs", "1", "--data", "empty.jsonl"], "empty.jsonl: the file is empty"),
+        (["--epochs", "1", "--data", "broken.jsonl"], "broken.jsonl line 2: invalid JSON"),
+        (["--epochs", "1", "--data", "list.jsonl"], "list.jsonl line 1"),
+        (["--epochs", "1", "--data", "ragged.csv"], "ragged.csv line 3"),
+        (["--epochs", "1", "--data", "words.doc"], "words.doc"),
+        (["--epochs", "1", "--data", "good.csv", "--source-column", "txt"], "column 'txt' (--source-column)"),
+        (["--epochs", "1", "--data", "good.csv", "--target-lang", "de_DE"], "has no language codes"),
+        (["--device", "tpu"], "device 'tpu'"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(
+    arguments: list[str], words: str, teacher_folder: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in BAD_FILES.items():
+        Path(name).write_text(text)
+    Path("good.csv").write_text("source,target\n" + "".join(f"the cat {i},a dog\n" for i in range(20)))
+    before = sorted(p.name for p in tmp_path.iterdir())
+    epochs = [] if "--epochs" in arguments else ["--epochs", "0"]
+    assert main(["compress", str(teacher_folder), "--out", "out", *epochs, *arguments]) == 2
+    captured = capsys.readouterr()
+    error = captured.err.splitlines()[-1]
+    assert error.startswith("dqbart: error: ") and words in error, error
+    assert captured.out == "" and sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_unsuitable_teachers(tmp_path: Path, packed: Path, capsys) -> None:
+    from transformers import BertConfig
+
+    BertConfig().save_pretrained(tmp_path / "bert")
+    (tmp_path / "nothing").mkdir()
+    for folder, words in (
+        (tmp_path / "bert", "architecture 'bert' is not supported; expected bart or mbart"),
+        (tmp_path / "nothing", "no config.json there"),
+        (tmp_path / "absent" / "deeper", "no such folder"),
+        (packed, "is quantized already"),
+    ):
+        assert main(["compress", str(folder), "--epochs", "0", "--out", str(tmp_path / "out")]) == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_damaged_folders(packed: Path, tmp_path: Path, capsys) -> None:
+    import shutil
+
+    weights = (packed / "model.safetensors").read_bytes()
+    flipped = bytearray(weights)
+    flipped[-3000] ^= 1
+    for content in (weights[:-50], bytes(flipped), b""):
+        folder = tmp_path / "damaged"
+        shutil.copytree(packed, folder)
+        (folder / "model.safetensors").write_bytes(content)
+        for verb in (["verify", str(folder)], ["generate", str(folder), "--text", "the cat"]):
+            assert main(verb) == 2
+            assert "model.safetensors" in capsys.readouterr().err.splitlines()[-1]
+        shutil.rmtree(folder)
