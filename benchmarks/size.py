@@ -47,8 +47,10 @@ def main() -> int:
     teacher = BartForConditionalGeneration(BartConfig(**BART_BASE))
     teacher_bytes = 4 * (sum(p.numel() for p in teacher.parameters()) + teacher.final_logits_bias.numel())
     print(f"bart-base, fp32: {teacher_bytes / MIB:.2f} MiB\n")
-    print("| bits | layers | storage | file, MiB | promised | teacher fp32 / file |\n| --- | --- | --- | --- | --- | --- |")
-    rows = []
+    print(
+        "| bits | layers | storage | file, MiB | promised | teacher fp32 / file |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    rows: list[dict[str, Any]] = []
     for bits, layers, storage, limit in CASES:
         student = prepare(make_student(teacher, Layers(layers)), bits)
         with tempfile.TemporaryDirectory() as scratch:
@@ -56,7 +58,8 @@ def main() -> int:
             size = (folder / "model.safetensors").stat().st_size
             groups = dict(size_table(folder))
         rows.append(dict(bits=bits, layers=layers, storage=storage, bytes=size, limit_mib=limit, groups=groups))
-        print(f"| {bits} | {layers} | {storage} | {size / MIB:.2f} | {limit} | {teacher_bytes / size:.2f} |", flush=True)
+        cells = [bits, layers, storage, f"{size / MIB:.2f}", limit, f"{teacher_bytes / size:.2f}"]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     broken = [row for row in rows if row["bytes"] > row["limit_mib"] * MIB]
     if args.out:
         args.out.write_text(json.dumps({"teacher_bytes": teacher_bytes, "rows": rows}, indent=1) + "\n")

@@ -26,7 +26,7 @@ def serve(bits: str, losses: str) -> None:
     from dqbart.distill.objective import Objective
     from dqbart.quant.attention import use_attention
     from dqbart.quant.layers import prepare
-    from dqbart.recipe import PAPER_LOSSES, Layers, LossWeights, Recipe
+    from dqbart.recipe import PAPER_LOSSES, Bits, Layers, LossWeights, Recipe
     from dqbart.student.depth import make_student, stack_maps
 
     torch.manual_seed(0)
@@ -34,7 +34,7 @@ def serve(bits: str, losses: str) -> None:
         BartConfig(d_model=768, encoder_layers=6, decoder_layers=6, encoder_attention_heads=12,
                    decoder_attention_heads=12, encoder_ffn_dim=3072, decoder_ffn_dim=3072)
     ).eval()  # fmt: skip
-    recipe = Recipe(bits=bits, losses=PAPER_LOSSES if losses == "all" else LossWeights())
+    recipe = Recipe(bits=Bits(bits), losses=PAPER_LOSSES if losses == "all" else LossWeights())
     student = make_student(teacher, Layers("6-6"))
     use_attention(teacher.requires_grad_(False))
     use_attention(student)

@@ -1,6 +1,6 @@
 """Make BART, mBART and BERT-like checkpoints 10 to 30 times smaller, and run them.
 
-    result = dqbart.compress("facebook/bart-base", data="train.jsonl", recipe=dqbart.Recipe(layers="6-3"), output="small/")
+    dqbart.compress("facebook/bart-base", data="train.jsonl", recipe=dqbart.Recipe(layers="6-3"), output="small/")
     model = dqbart.load("small/")
 
 Importing this package also lets transformers' own `from_pretrained` load packed folders. It imports neither torch

@@ -118,20 +118,7 @@ def run_compress(args: argparse.Namespace) -> dict[str, Any]:
         run["teacher"], run.get("data"), output=run["output"], recipe=recipe, dev_data=run.get("dev_data"),
         overwrite=args.overwrite, device=args.device,
     )  # fmt: skip
-    return summary(result.folder, result.report)
-
-
-def summary(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-    if not report:  # a helper process of a distributed run
-        return {}
-    scores = report.get("scores")
-    return {
-        "output": str(folder),
-        "file_bytes": report["sizes"]["file_bytes"],
-        "ratio_to_fp32": report["sizes"]["ratio_to_fp32"],
-        "scores": {who: scores[who]["values"] for who in ("teacher", "student")} if scores else None,
-        "seconds": report["seconds"],
-    }
+    return result.summary()
 
 
 def run_eval(args: argparse.Namespace) -> dict[str, Any]:

@@ -19,7 +19,6 @@ RECIPE = dict(epochs=1.0, batch_size=64, max_source_length=128, max_target_lengt
 
 def demo(output: Path, *, bits: str = "2-2-8", layers: str = "3-2", **changes: Any) -> dict[str, Any]:
     """Compress the shipped teacher into `output/model`, score both on the standard library's docstrings."""
-    from dqbart.cli import summary
     from dqbart.data.docstrings import write_docstrings
     from dqbart.evaluation.run import evaluate
     from dqbart.pipeline import compress
@@ -29,7 +28,7 @@ def demo(output: Path, *, bits: str = "2-2-8", layers: str = "3-2", **changes: A
     result = compress(
         str(TEACHER), files["train"], dev_data=files["validation"], recipe=recipe, output=output / "model"
     )
-    answer = summary(result.folder, result.report)
+    answer = result.summary()
     scores, outputs = {}, {}
     for who, folder in (("teacher", TEACHER), ("student", result.folder)):
         scores[who], outputs[who] = evaluate(

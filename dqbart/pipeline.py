@@ -33,6 +33,19 @@ class Result:
 
         return load(self.folder, **kwargs)
 
+    def summary(self) -> dict[str, Any]:
+        """What the command line prints as its last line."""
+        if not self.report:  # a helper process of a distributed run
+            return {}
+        scores = self.report.get("scores")
+        return {
+            "output": str(self.folder),
+            "file_bytes": self.report["sizes"]["file_bytes"],
+            "ratio_to_fp32": self.report["sizes"]["ratio_to_fp32"],
+            "scores": {who: scores[who]["values"] for who in ("teacher", "student")} if scores else None,
+            "seconds": self.report["seconds"],
+        }
+
 
 def say(text: str) -> None:
     """One line for the person who waits."""

@@ -259,12 +259,17 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def resolve(self, config: Any) -> "Recipe":
-        """Fill what depends on the teacher's transformers config: layers and learning rate.
+        """Fill what depends on the teacher's transformers config: layers, learning rate, lengths.
 
+        Lengths are cut to the positions that the model has.
         The rate is a base by weight bits, times sqrt(768 / width): narrow models take larger steps
         (4+4 layers of width 256 did best near 5e-4 at two bits).
         """
-        changes: dict[str, Any] = {}
+        positions = config.max_position_embeddings
+        changes: dict[str, Any] = {
+            "max_source_length": min(self.max_source_length, positions),
+            "max_target_length": min(self.max_target_length, positions - 1),
+        }
         if self.layers is None:
             changes["layers"] = (
                 Layers(f"{config.encoder_layers}-{config.decoder_layers}")

@@ -17,7 +17,9 @@ def load_teacher(teacher: Any, tokenizer: Any, device: str | None) -> tuple[Any,
 
     if isinstance(teacher, str | Path):
         if not Path(teacher).exists() and (str(teacher).count("/") > 1 or str(teacher).startswith((".", "/", "~"))):
-            raise FileNotFoundError(f"teacher {str(teacher)!r}: no such folder; expected a checkpoint folder or a hub id")
+            raise FileNotFoundError(
+                f"teacher {str(teacher)!r}: no such folder; expected a checkpoint folder or a hub id"
+            )
         if Path(teacher).exists() and not (Path(teacher) / "config.json").is_file():
             raise FileNotFoundError(
                 f"teacher {str(teacher)!r}: no config.json there; expected a transformers checkpoint"

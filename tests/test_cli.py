@@ -43,7 +43,9 @@ def test_verbs_end_in_json(packed: Path, pairs_file: Path, tmp_path: Path, capsy
     assert info["file_bytes"] == (packed / "model.safetensors").stat().st_size
     assert main(["verify", str(packed)]) == 0
     assert last_json(capsys.readouterr().out)["architecture"] == "BartForConditionalGeneration"
-    assert main(["generate", str(packed), "--text", "the cat", "--text", "a dog", "--generation", '{"num_beams": 1}']) == 0
+    assert (
+        main(["generate", str(packed), "--text", "the cat", "--text", "a dog", "--generation", '{"num_beams": 1}']) == 0
+    )
     out = capsys.readouterr().out
     assert last_json(out)["outputs"] == out.splitlines()[:-1] and len(out.splitlines()) == 3
     rows = tmp_path / "rows.jsonl"

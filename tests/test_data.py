@@ -3,15 +3,12 @@
 import csv
 import gzip
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_seq2seq
-from tokenizers import ByteLevelBPETokenizer, SentencePieceUnigramTokenizer
-from torch.utils.data import DataLoader
+from test_generate import TEXTS, bart_tokenizer, mbart_tokenizer
 from transformers import BartTokenizer, DataCollatorForSeq2Seq, MBart50Tokenizer, MBartTokenizer
 
 from dqbart.data import files
@@ -19,36 +16,10 @@ from dqbart.data.batches import Collator, encode_pairs, language_codes, set_lang
 from dqbart.data.columns import Columns, Examples, guess_columns, hold_out, read_examples
 from dqbart.data.files import list_splits, load_rows
 
-TEXTS = [
-    "the cat sat on the mat",
-    "a dog ran in the park",
-    "good morning to the whole world",
-    "Guten Morgen an die ganze Welt",
-    "ein Hund lief durch den schönen Park",
-    "die Katze saß auf der Matte",
-]
 ROWS = [
     {"source": 'a "quoted", text\nin two lines', "target": "été 中文\u2028x"},
     {"source": "second\ttab", "target": "zwei"},
 ]
-
-
-@cache
-def bart_tokenizer() -> Any:
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(TEXTS, vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
-    model = json.loads(bpe.to_str())["model"]
-    return BartTokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
-
-
-def mbart_tokenizer(kind: Any) -> Any:
-    unigram = SentencePieceUnigramTokenizer()
-    specials = ["<s>", "<pad>", "</s>", "<unk>"]
-    unigram.train_from_iterator(TEXTS, vocab_size=60, special_tokens=specials, unk_token="<unk>")
-    pieces = [(piece, score) for piece, score in json.loads(unigram.to_str())["model"]["vocab"]]
-    if kind is MBart50Tokenizer:  # wants sentencepiece's own order of special tokens and makes mBART's from it
-        return kind(vocab=[("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *pieces[4:]])
-    return kind(vocab=pieces)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -408,20 +379,3 @@ def test_collator_agrees_with_transformers_and_pads_right() -> None:
     rounded = Collator(tokenizer.pad_token_id, multiple_of=8)(items)
     assert rounded["input_ids"].shape[1] == 16 and rounded["labels"].shape[1] == 8
     assert (rounded["labels"][:, 7:] == -100).all() and (rounded["attention_mask"][:, 9:] == 0).all()
-
-
-@pytest.mark.parametrize("kind", [BartTokenizer, MBartTokenizer, MBart50Tokenizer])
-def test_batches_feed_the_model(kind: type) -> None:
-    is_bart = kind is BartTokenizer
-    tokenizer = bart_tokenizer() if is_bart else mbart_tokenizer(kind)
-    languages: dict[str, Any] = {} if is_bart else dict(source_lang="en_XX", target_lang="de_DE")
-    pairs = encode_pairs(
-        tokenizer, TEXTS, TEXTS, max_source_length=32, max_target_length=32, progress=False, **languages
-    )
-    model = tiny_seq2seq("bart" if is_bart else "mbart", vocab_size=len(tokenizer))
-    collate = Collator(tokenizer.pad_token_id)
-    together = next(iter(DataLoader(pairs, batch_size=len(TEXTS), collate_fn=collate)))  # type: ignore[arg-type]
-    with torch.no_grad():
-        losses = [float(model(**collate([item])).loss) * len(item["labels"]) for item in pairs]
-        loss = float(model(**together).loss) * sum(len(item["labels"]) for item in pairs)
-    assert loss == pytest.approx(sum(losses), rel=1e-5)  # padding counts nowhere

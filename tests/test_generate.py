@@ -1,21 +1,50 @@
 """Decoding many sources, the settings that are recorded, and targets that the teacher writes."""
 
 import json
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_data import TEXTS, bart_tokenizer, mbart_tokenizer
 from tiny_models import tiny_seq2seq
+from tokenizers import ByteLevelBPETokenizer, SentencePieceUnigramTokenizer
+from torch.utils.data import DataLoader
 from transformers import BartTokenizer, MBart50Tokenizer, MBartTokenizer
 
 from dqbart.data.batches import Collator, encode_pairs
-from dqbart.data.pseudo import decode_batches, write_targets
+from dqbart.data.decoding import decode_batches
+from dqbart.data.pseudo import write_targets
 from dqbart.evaluation.generate import effective_generation, generate_texts
 
+TEXTS = [
+    "the cat sat on the mat",
+    "a dog ran in the park",
+    "good morning to the whole world",
+    "Guten Morgen an die ganze Welt",
+    "ein Hund lief durch den schönen Park",
+    "die Katze saß auf der Matte",
+]
 SOURCES = [*TEXTS, "cat", "the dog " * 9, "die Katze lief"]
+
+
+@cache
+def bart_tokenizer() -> Any:
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(TEXTS, vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    model = json.loads(bpe.to_str())["model"]
+    return BartTokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+
+
+def mbart_tokenizer(kind: Any) -> Any:
+    unigram = SentencePieceUnigramTokenizer()
+    specials = ["<s>", "<pad>", "</s>", "<unk>"]
+    unigram.train_from_iterator(TEXTS, vocab_size=60, special_tokens=specials, unk_token="<unk>")
+    pieces = [(piece, score) for piece, score in json.loads(unigram.to_str())["model"]["vocab"]]
+    if kind is MBart50Tokenizer:  # wants sentencepiece's own order of special tokens and makes mBART's from it
+        return kind(vocab=[("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *pieces[4:]])
+    return kind(vocab=pieces)
 
 
 def bart(**changes: Any) -> Any:
@@ -210,6 +239,23 @@ def test_language_start_follows_from_the_labels(kind: Any) -> None:
         assert generate_texts(model, tokenizer, sources, generation=generation, batch_size=3, **languages) == targets
     # The tokenizer keeps the pair, so a model saved with it needs no codes.
     assert generate_texts(model, tokenizer, sources, generation={"num_beams": 1}) == targets
+
+
+@pytest.mark.parametrize("kind", [BartTokenizer, MBartTokenizer, MBart50Tokenizer])
+def test_batches_feed_the_model(kind: type) -> None:
+    is_bart = kind is BartTokenizer
+    tokenizer = bart_tokenizer() if is_bart else mbart_tokenizer(kind)
+    languages: dict[str, Any] = {} if is_bart else dict(source_lang="en_XX", target_lang="de_DE")
+    pairs = encode_pairs(
+        tokenizer, TEXTS, TEXTS, max_source_length=32, max_target_length=32, progress=False, **languages
+    )
+    model = tiny_seq2seq("bart" if is_bart else "mbart", vocab_size=len(tokenizer))
+    collate = Collator(tokenizer.pad_token_id)
+    together = next(iter(DataLoader(pairs, batch_size=len(TEXTS), collate_fn=collate)))  # type: ignore[arg-type]
+    with torch.no_grad():
+        losses = [float(model(**collate([item])).loss) * len(item["labels"]) for item in pairs]
+        loss = float(model(**together).loss) * sum(len(item["labels"]) for item in pairs)
+    assert loss == pytest.approx(sum(losses), rel=1e-5)  # padding counts nowhere
 
 
 def test_languages_are_needed_and_checked() -> None:

@@ -60,13 +60,13 @@ def test_a_foreign_folder_is_never_touched(teacher_folder: Path, tmp_path: Path)
     (tmp_path / "letters.txt").write_text("mine")
     for overwrite in (False, True):
         with pytest.raises(FileExistsError, match="not written by"):
-            dqbart.compress(
-                str(teacher_folder), recipe=dqbart.Recipe(epochs=0), output=tmp_path, overwrite=overwrite
-            )
+            dqbart.compress(str(teacher_folder), recipe=dqbart.Recipe(epochs=0), output=tmp_path, overwrite=overwrite)
     assert (tmp_path / "letters.txt").read_text() == "mine" and not Path(f"{tmp_path}.training").exists()
 
 
-def test_interrupted_command_resumes_to_the_same_weights(teacher_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+def test_interrupted_command_resumes_to_the_same_weights(
+    teacher_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
     """SIGINT in the middle, the same command again: bit for bit what an uninterrupted run gives."""
     config = tmp_path / "run.yaml"
     config.write_text("layers: 2-1\nmax_steps: 40\nbatch_size: 8\nevaluations: 2\ndev_subset: 4\n")

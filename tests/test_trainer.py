@@ -302,15 +302,25 @@ def test_loading_refuses_what_does_not_fit(tmp_path: Path) -> None:
 # Two processes.
 
 WORKER = """
-import sys
+import os, signal, sys
 from pathlib import Path
 import torch
-from test_trainer import make, state, train
-folder, rank = Path(sys.argv[1]), int(__import__("os").environ["RANK"])
-trainer = make(folder, lambda model: {"rougeL": 1.0}, batch_size=2, max_steps=5)
-train(trainer)
-assert trainer.args.world_size == 2 and trainer.state.global_step == 5
-torch.save(state(trainer), folder / f"rank{rank}.pt")
+from test_trainer import At, make, train
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+
+def run(name, stop=False):
+    trainer = make(folder / name, lambda model: {"rougeL": 1.0}, batch_size=2, max_steps=5)
+    if stop and rank == 1:  # the other process must not wait for it forever
+        trainer.add_callback(At(1, lambda: os.kill(os.getpid(), signal.SIGINT), begin=True))
+    train(trainer)
+    assert trainer.args.world_size == 2 and trainer.state.global_step == 5
+    torch.save(trainer.model.state_dict(), folder / name / f"rank{rank}.pt")
+
+run("whole")
+try:
+    run("stopped", stop=True)
+except KeyboardInterrupt:
+    run("stopped")
 """
 
 
@@ -324,6 +334,8 @@ def test_two_processes_end_with_equal_weights(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
-    one, two = (torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1))
-    assert same(one, two)
-    assert [r["step"] for r in rows(tmp_path) if "dev" in r] == [2, 4, 5]  # written once
+    for name in ("whole", "stopped"):
+        assert [r["step"] for r in rows(tmp_path / name) if "dev" in r] == [2, 4, 5]  # written by one of them
+    assert "resuming from" in run.stderr
+    states = [torch.load(tmp_path / name / f"rank{r}.pt") for name in ("whole", "stopped") for r in (0, 1)]
+    assert all(same(states[0], other) for other in states[1:])

@@ -47,7 +47,8 @@ class Objective:
         bare = student if bare_student is None else bare_student
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
         inputs["decoder_input_ids"] = bare.prepare_decoder_input_ids_from_labels(batch["labels"])
-        teacher_out, teacher_maps = None, {}
+        teacher_out: Any = None
+        teacher_maps: dict[str, list[Tensor]] = {}
         if self.needs_teacher:
             with torch.no_grad(), no_grad_autocast(self.recipe.bf16, batch["input_ids"].device):
                 teacher_out, teacher_maps = forward_with_attention(
@@ -82,8 +83,8 @@ class Objective:
         for kind in ATTENTION:
             if kind in self.attention:
                 pairs = [(i, m) for i, m in enumerate(self.maps[STACK[kind]])]
-                compare = losses.paper_mse if self.paper else losses.attention_mse
-                args = () if self.paper else masks[kind]
+                compare: Any = losses.paper_mse if self.paper else losses.attention_mse
+                args: tuple[Tensor, ...] = () if self.paper else masks[kind]
                 terms[kind] = _sum(compare, student_maps[kind], teacher_maps[kind], pairs, *args)
         for kind in self.hidden:
             pairs = [(0, 0)] + [(i + 1, m + 1) for i, m in enumerate(self.maps[STACK[kind]])]

@@ -76,6 +76,8 @@ def _world_size() -> int:
 class DistillationTrainer(Seq2SeqTrainer):
     """Seq2SeqTrainer whose loss compares `model` with `teacher`; see the module's docstring."""
 
+    control: Any
+
     def __init__(
         self,
         *,

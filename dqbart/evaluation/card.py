@@ -12,8 +12,8 @@ def size_lines(report: dict[str, Any]) -> str:
     sizes = report["sizes"]
     rows = [f"  {name:18s} {count / MIB:10.2f} MiB" for name, count in sizes["groups"].items()]
     total = (
-        f"  {'file':18s} {sizes['file_bytes'] / MIB:10.2f} MiB   {sizes['ratio_to_fp32']:.1f} x smaller than the teacher "
-        f"in fp32 ({report['teacher']['fp32_bytes'] / MIB:.1f} MiB), {sizes['ratio_to_fp16']:.1f} x than in fp16"
+        f"  {'file':18s} {sizes['file_bytes'] / MIB:10.2f} MiB   {sizes['ratio_to_fp32']:.1f} x smaller than "
+        f"the teacher in fp32 ({report['teacher']['fp32_bytes'] / MIB:.1f} MiB), {sizes['ratio_to_fp16']:.1f} x than in fp16"
     )
     return "\n".join(["size, measured:", *rows, total])
 
@@ -54,16 +54,14 @@ def write(folder: Path, report: dict[str, Any], base_model: str | None, called: 
     if scores:
         lines += [f"| teacher, {scores['examples']:,} dev examples | {score_line(scores, 'teacher')} |"]
         lines += [f"| this model | {score_line(scores, 'student')} |"]
-        lines += [
-            "",
-            f"Metric: `{scores['student']['definition']}`. Generation: `{json.dumps(scores['student']['generation'])}`.",
-        ]
+        result = scores["student"]
+        lines += ["", f"Metric: `{result['definition']}`. Generation: `{json.dumps(result['generation'])}`."]
     else:
         lines += ["", "No scores: it was made without a dev set."]
     lines += [
         "", "## Limits", "",
-        "Weights stay packed on disk; on CPU the torch engine expands them to 8 bits in memory. What the teacher gets wrong, "
-        "this model gets wrong too, and at two bits rare words suffer first. Measure it on your own data: `dqbart eval`.", "",
+        "Weights stay packed on disk; on CPU the torch engine expands them to 8 bits in memory. What the teacher gets "
+        "wrong, this model gets wrong too. Measure it on your own data: `dqbart eval`.", "",
         "The recipe is in `recipe.yaml`, all measurements in `report.json`.", "",
     ]  # fmt: skip
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

@@ -8,7 +8,7 @@ outputs to one width.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dqbart.data.pseudo import check_texts, decode_batches, effective_generation
+from dqbart.data.decoding import check_texts, decode_batches, effective_generation
 
 __all__ = ["effective_generation", "generate_texts"]
 

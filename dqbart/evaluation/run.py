@@ -55,13 +55,13 @@ def evaluate(
         raise ValueError(f"data {data!r}: no target column to score against; give --target-column")
     if limit is not None and limit < len(examples):
         examples = hold_out(examples, limit)[1]
-    settings = effective_generation(model, generation, tokenizer=tokenizer, target_lang=recipe.target_lang)
+    settings = _settings(model, tokenizer, recipe, generation)
     written = _write(model, tokenizer, recipe, examples.sources, settings, batch_size)
-    references = examples.references or examples.targets
+    references: Any = examples.references or examples.targets
     result = score(metric or recipe.metric, written, references, language=recipe.language, generation=settings)
     rows = [
         {"source": s, "reference": t, "output": o}
-        for s, t, o in zip(examples.sources, examples.targets, written, strict=True)
+        for s, t, o in zip(examples.sources, examples.targets or [], written, strict=True)
     ]
     return result, rows
 
@@ -71,8 +71,15 @@ def write_texts(
 ) -> list[str]:
     """One output per text, with the folder's own settings under `generation`."""
     model, tokenizer, recipe = open_model(folder, device)
-    settings = effective_generation(model, generation, tokenizer=tokenizer, target_lang=recipe.target_lang)
+    settings = _settings(model, tokenizer, recipe, generation)
     return _write(model, tokenizer, recipe, texts, settings, batch_size=32)
+
+
+def _settings(model: Any, tokenizer: Any, recipe: Recipe, generation: dict[str, Any] | None) -> dict[str, Any]:
+    return effective_generation(
+        model, generation, tokenizer=tokenizer, target_lang=recipe.target_lang,
+        max_target_length=min(recipe.max_target_length, model.config.max_position_embeddings - 1),
+    )  # fmt: skip
 
 
 def _write(

@@ -218,6 +218,8 @@ def prepare(
     if probability_bits == 8 and bits.activations != 8:
         raise ValueError(f"probability_bits 8 with bits {bits}: needs 8-bit activations, such as 2-2-8")
     linear, vocabulary = quantizable(model)
+    if any(isinstance(m, FakeQuantLinear | FakeQuantEmbedding) for m in model.modules()):
+        raise ValueError("the model is prepared already: expected a float one, such as from from_pretrained")
     for pattern in skip:
         if not fnmatch.filter(linear + vocabulary, pattern):
             raise ValueError(
