@@ -47,9 +47,8 @@ def main() -> int:
     teacher = BartForConditionalGeneration(BartConfig(**BART_BASE))
     teacher_bytes = 4 * (sum(p.numel() for p in teacher.parameters()) + teacher.final_logits_bias.numel())
     print(f"bart-base, fp32: {teacher_bytes / MIB:.2f} MiB\n")
-    print(
-        "| bits | layers | storage | file, MiB | promised | teacher fp32 / file |\n| --- | --- | --- | --- | --- | --- |"
-    )
+    print("| bits | layers | storage | file, MiB | promised | teacher fp32 / file |")
+    print("| --- | --- | --- | --- | --- | --- |")
     rows: list[dict[str, Any]] = []
     for bits, layers, storage, limit in CASES:
         student = prepare(make_student(teacher, Layers(layers)), bits)

@@ -282,6 +282,21 @@ def test_invariance(kind: str, bits: str, probability_bits: int) -> None:
     assert torch.equal(model(**shuffled, decoder_input_ids=target[mates]).logits, together[mates])
 
 
+@pytest.mark.parametrize("probability_bits", [8, 32])
+@torch.no_grad()
+def test_long_inputs_are_invariant_too(probability_bits: int) -> None:
+    """Sums over hundreds of keys: in fp32 their order, and so their last bit, would depend on padding."""
+    model = prepare(tiny_seq2seq(max_position_embeddings=700), "8-8-8", probability_bits=probability_bits)
+    lengths = [301, 70, 257]
+    batch, target = token_batch(lengths), token_batch([130] * 3, seed=3)["input_ids"]
+    together = model(**batch, decoder_input_ids=target).logits
+    assert torch.equal(model(**widen(batch, 345), decoder_input_ids=target).logits, together)
+    assert torch.equal(model(**batch, decoder_input_ids=target[:, :67]).logits, together[:, :67])
+    for row, length in enumerate(lengths):
+        alone = {k: v[row : row + 1, :length] for k, v in batch.items()}
+        assert torch.equal(model(**alone, decoder_input_ids=target[row : row + 1]).logits[0], together[row]), row
+
+
 @pytest.mark.parametrize(("bits", "probability_bits"), INVARIANT)
 @pytest.mark.parametrize("kind", SEQ2SEQ)
 @torch.no_grad()

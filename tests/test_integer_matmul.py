@@ -66,6 +66,10 @@ def test_results_above_2_to_24_round_once() -> None:
     assert int(int_matmul_reference(a, w).max()) > 1 << 24
     for path in PATHS:
         assert torch.equal(prepare_weight(w, path).matmul(a), int_matmul_reference(a, w).float())
+    torch.manual_seed(0)
+    w, a = (torch.randint(120, 128, (n, 5203)).to(torch.int8) for n in (20, 20))
+    for path in PATHS:
+        assert torch.equal(prepare_weight(w, path).matmul(a), exact(a, w))
 
 
 def test_reference_is_int32() -> None:
@@ -134,10 +138,15 @@ def test_a_path_that_multiplies_wrongly_is_not_taken(monkeypatch: pytest.MonkeyP
 
 def test_the_global_engine_is_left_alone_and_nothing_warns() -> None:
     before = torch.backends.quantized.engine
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        prepare_weight(torch.ones(2, 2, dtype=torch.int8)).matmul(torch.ones(1, 2))
-    assert torch.backends.quantized.engine == before
+    try:
+        for engine in torch.backends.quantized.supported_engines:
+            torch.backends.quantized.engine = engine
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                prepare_weight(torch.ones(2, 2, dtype=torch.int8)).matmul(torch.ones(1, 2))
+            assert torch.backends.quantized.engine == engine
+    finally:
+        torch.backends.quantized.engine = before
 
 
 def test_errors_quote_what_came() -> None:

@@ -140,10 +140,10 @@ def test_embedding_rows_and_gradient(bits: int) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["plain", "foreach", "fused"])
-@pytest.mark.parametrize("bits", ["2-2-8", "2-4-32", "32-2-8"])
-def test_codes_follow_the_optimizer(optimizer: str, bits: str) -> None:
+@pytest.mark.parametrize(("bits", "skip"), [("2-2-8", ()), ("2-4-32", ()), ("32-2-8", ()), ("2-2-8", ("lm_head",))])
+def test_codes_follow_the_optimizer(optimizer: str, bits: str, skip: tuple[str, ...]) -> None:
     """Fused steps (Trainer's default) do not raise the version of a tensor."""
-    model = prepare(tiny_seq2seq(encoder=1, decoder=1), bits)
+    model = prepare(tiny_seq2seq(encoder=1, decoder=1), bits, skip=skip)
     options = {"plain": {"foreach": False, "fused": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
     step = torch.optim.AdamW(model.parameters(), lr=0.05, **options[optimizer])
     batch = inputs_for("bart")
@@ -255,6 +255,17 @@ def test_what_is_quantized(kind: str) -> None:
     head = model.get_output_embeddings()
     assert isinstance(head, FakeQuantLinear) and head.weight is model.get_input_embeddings().weight
     assert head.quantized_weight is model.get_input_embeddings().quantized_weight
+
+
+def test_poolers_stay_float() -> None:
+    from transformers import AlbertModel, BertModel
+
+    for kind in (BertModel, AlbertModel):
+        config = tiny_encoder("bert" if kind is BertModel else "albert").config
+        model = prepare(kind(config), "2-2-8")
+        poolers = [m for n, m in model.named_modules() if "pooler" in n and isinstance(m, nn.Linear)]
+        assert poolers and not any(isinstance(m, FakeQuantLinear) for m in poolers)
+        assert isinstance(model.get_submodule("embeddings.word_embeddings"), FakeQuantEmbedding)
 
 
 @pytest.mark.parametrize("kind", SEQ2SEQ)

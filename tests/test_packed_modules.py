@@ -98,6 +98,7 @@ def test_moving_keeps_scales_in_fp32() -> None:
     x = torch.randn(2, 40)
     before = linear(x)
     linear.to(torch.bfloat16), embedding.half()
+    assert linear._operand is None  # it lived on the old device
     assert linear.weight_scale.dtype == torch.float32 and torch.equal(linear.weight_scale, scale)
     assert linear.weight.dtype == torch.int32 and linear.bias.dtype == torch.bfloat16
     assert embedding(torch.tensor([2])).dtype == torch.float16 and embedding.weight_scale.dtype == torch.float32
@@ -110,7 +111,9 @@ def test_moving_keeps_scales_in_fp32() -> None:
 def test_copies_and_pickles_compute_the_same_and_share_nothing() -> None:
     linear = packed_linear()
     x = torch.randn(2, 40)
-    expected = linear(x)  # prepares the operand
+    size = len(pickle.dumps(linear))
+    expected = linear(x)  # prepares the operand, which must not travel
+    assert len(pickle.dumps(linear)) == size and copy.deepcopy(linear)._operand is None
     for again in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
         assert torch.equal(again(x), expected)
         again.weight.zero_()

@@ -46,6 +46,18 @@ def test_twn_goldens() -> None:
     assert scale.shape == (1, 1) and codes.dtype == torch.int8 and codes.unique().tolist() == [-1, 0, 1]
 
 
+def test_the_twn_threshold_itself_is_dropped() -> None:
+    met = 0
+    for other in torch.linspace(1, 2, 50):
+        x = torch.stack([other * 0, other])
+        for _ in range(60):  # to where x[0] = 0.7 mean|x|, to the last bit
+            x[0] = 0.7 * x.mean()
+        if x[0] == 0.7 * x.mean():
+            met += 1
+            assert Quantizer(2).quantize(x)[0].tolist() == [0, 1] and Quantizer(2).quantize(-x)[0].tolist() == [0, -1]
+    assert met > 10
+
+
 def test_symmetric_goldens() -> None:
     x = torch.tensor([3, -1, 0.3, 0.013])
     for granularity in ("row", "tensor"):

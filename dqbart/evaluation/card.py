@@ -11,9 +11,10 @@ def size_lines(report: dict[str, Any]) -> str:
     """Bytes by group, measured, and the ratio to the teacher in fp32 and fp16."""
     sizes = report["sizes"]
     rows = [f"  {name:18s} {count / MIB:10.2f} MiB" for name, count in sizes["groups"].items()]
+    teacher = f"{report['teacher']['fp32_bytes'] / MIB:.1f} MiB"
     total = (
-        f"  {'file':18s} {sizes['file_bytes'] / MIB:10.2f} MiB   {sizes['ratio_to_fp32']:.1f} x smaller than "
-        f"the teacher in fp32 ({report['teacher']['fp32_bytes'] / MIB:.1f} MiB), {sizes['ratio_to_fp16']:.1f} x than in fp16"
+        f"  {'file':18s} {sizes['file_bytes'] / MIB:10.2f} MiB   {sizes['ratio_to_fp32']:.1f} x smaller than the "
+        f"teacher in fp32 ({teacher}), {sizes['ratio_to_fp16']:.1f} x than in fp16"
     )
     return "\n".join(["size, measured:", *rows, total])
 

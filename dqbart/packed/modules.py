@@ -28,6 +28,7 @@ from dqbart.quant.quantizers import Quantizer
 class PackedMatrix(nn.Module):
     """A quantized matrix [N, K]: buffers `weight` (int32 [N, words]) and `weight_scale` (fp32 [N, 1] or [1, 1]).
 
+    `quantizer` made the codes and says what they stand for (in paper numerics `weight_scale` divides symmetric codes);
     `input_quantizer` is how `product` quantizes its left operand (None: not at all).
     """
 
@@ -35,10 +36,16 @@ class PackedMatrix(nn.Module):
     weight_scale: Tensor
 
     def __init__(
-        self, spec: ModuleSpec, input_quantizer: Quantizer | None, dtype: torch.dtype, device: torch.device | str
+        self,
+        spec: ModuleSpec,
+        quantizer: Quantizer,
+        input_quantizer: Quantizer | None,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         super().__init__()
         self.spec = spec
+        self.quantizer = quantizer
         self.input_quantizer = input_quantizer
         self.dtype = dtype  # of what comes out of a look-up
         self.expanded = spec.layout == "planar32"
@@ -63,8 +70,8 @@ class PackedMatrix(nn.Module):
         return unpack(as_bytes(self.weight), self.spec.bits, self.spec.shape[1])
 
     def dequantize(self) -> Tensor:
-        """fp32 [N, K]: codes times scale."""
-        return self.codes().float().mul_(self.weight_scale)
+        """fp32 [N, K]: what the codes stand for."""
+        return self.quantizer.values(self.codes().float(), self.weight_scale)
 
     @torch.no_grad()
     def product(self, x: Tensor, bias_N: Tensor | None) -> Tensor:
@@ -87,7 +94,7 @@ class PackedMatrix(nn.Module):
         words = F.embedding(ids.reshape(-1), self.weight)
         codes = unpack(as_bytes(words), self.spec.bits, self.spec.shape[1])
         scale = F.embedding(ids.reshape(-1), self.weight_scale)
-        return codes.float().mul_(scale).to(self.dtype).view(*ids.shape, self.spec.shape[1])
+        return self.quantizer.values(codes.float(), scale).to(self.dtype).view(*ids.shape, self.spec.shape[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedMatrix":
         """`.to()` and its kin: scales stay fp32 whatever the model becomes, and the operand is stale."""

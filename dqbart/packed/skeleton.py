@@ -74,7 +74,13 @@ def swap_modules(model: Any, spec: PackedSpec) -> None:
             owner = model.get_submodule(entry.tied_to)
             new = PackedHead(owner, bias=bias) if entry.kind == "linear" else TiedEmbedding(owner, **lookup)
         else:
-            arguments = (entry, spec.input_quantizer(), old.weight.dtype, old.weight.device)
+            arguments = (
+                entry,
+                spec.weight_quantizer(entry),
+                spec.input_quantizer(),
+                old.weight.dtype,
+                old.weight.device,
+            )
             new = (
                 PackedLinear(*arguments, bias=bias) if entry.kind == "linear" else PackedEmbedding(*arguments, **lookup)
             )

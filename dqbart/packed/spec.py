@@ -148,6 +148,11 @@ class PackedSpec:
         }
         return dataclasses.replace(self, modules=modules)
 
+    def weight_quantizer(self, module: ModuleSpec) -> Quantizer:
+        """What made a module's codes."""
+        kind = Quantizer if self.numerics == "integer" else PaperQuantizer
+        return kind(module.bits, module.granularity)
+
     def input_quantizer(self) -> Quantizer | None:
         """How linear layers quantize their inputs, or None."""
         if self.activation_bits == 32:

@@ -121,9 +121,9 @@ def check_files(
     """
     found = list(found)
     for shard in found:
-        version = shard.metadata.get("dqbart_format")
-        if version != str(spec.format_version) or shard.metadata.get("format") != "pt":
-            raise ValueError(f"{shard.file}: dqbart_format {version!r}: expected '{spec.format_version}'")
+        for key, value in (("format", "pt"), ("dqbart_format", str(spec.format_version))):
+            if shard.metadata.get(key) != value:
+                raise ValueError(f"{shard.file}: {key} {shard.metadata.get(key)!r}: expected {value!r}")
     tensors = {n.removeprefix(prefix): t for n, t in shards.merge(found).items() if n.startswith(prefix)}
     folder = found[0].file.parent if found else Path()
     for name, (dtype, shape) in expected.items():

@@ -76,7 +76,7 @@ def attention(
     settings: AttentionNumerics | None = getattr(module, "attention_numerics", None)
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     integer = settings is not None and settings.numerics == "integer"
-    exact = integer and not module.training and not torch.is_grad_enabled()
+    exact = integer and not module.training and not (torch.is_grad_enabled() and query.requires_grad)
     if exact and torch.is_autocast_enabled(query.device.type):
         with without_autocast(query.device):
             return attention(module, query, key, value, attention_mask, scaling, dropout)

@@ -118,7 +118,8 @@ class FakeQuantEmbedding(nn.Embedding):
             rows = self.quantized_weight.quantizer.fake(super().forward(input))
         else:
             codes_VD, scale_V1 = self.codes()
-            rows = (codes_VD[input].float() * scale_V1[input]).to(self.weight.dtype)
+            codes, scale = F.embedding(input, codes_VD).float(), F.embedding(input, scale_V1)
+            rows = self.quantized_weight.quantizer.values(codes, scale).to(self.weight.dtype)
         return rows * self.embed_scale
 
     def codes(self) -> tuple[Tensor, Tensor]:

@@ -89,8 +89,11 @@ class Quantizer:
 
     def dequantize(self, x: Tensor) -> Tensor:
         """What `x` becomes: codes times scale, in fp32, no gradient."""
-        codes, scale = self.quantize_float(x)
-        return codes.mul_(scale)
+        return self.values(*self.quantize_float(x))
+
+    def values(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """What float codes stand for: codes times scale."""
+        return codes * scale
 
     def fake(self, x: Tensor) -> Tensor:
         """`dequantize` in the input's dtype, with the straight-through gradient (1 inside the clip, else 0)."""
@@ -107,12 +110,16 @@ class PaperQuantizer(Quantizer):
 
     clip: float | None = 2.5
 
-    def dequantize(self, x: Tensor) -> Tensor:
+    def quantize_float(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Quantizer`; the scale of symmetric codes is its reciprocal, qmax / max|x|."""
+        codes, scale = super().quantize_float(x)
         if self.scheme != "symmetric" or x.numel() == 0:
-            return super().dequantize(x)
-        codes, scale = self.quantize_float(x)
+            return codes, scale
         peak = x.float().abs().amax(-1, keepdim=True) if self.granularity == "row" else x.float().abs().amax()
-        return codes.div_(self.qmax / peak.clamp(TINY, self.clip))
+        return codes, (self.qmax / peak.clamp(TINY, self.clip)).view(scale.shape)
+
+    def values(self, codes: Tensor, scale: Tensor) -> Tensor:
+        return codes / scale if self.scheme == "symmetric" else super().values(codes, scale)
 
 
 def _symmetric(x: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
@@ -121,7 +128,7 @@ def _symmetric(x: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
 
 
 def _mean_magnitude(x: Tensor) -> Tensor:
-    """mean|x| over the last dimension; rows of huge values are halved until their sum stays finite."""
+    """mean|x| over the last dimension; rows of huge values are divided first, so that their sum stays finite."""
     mean = x.abs().mean(-1, keepdim=True)
     if not mean.isfinite().all():
         mean = (x.abs() / x.shape[-1]).sum(-1, keepdim=True)
