@@ -33,7 +33,7 @@ def spec_for(kind: Any, shape: tuple[int, int], bits: int) -> ModuleSpec:
 def packed_linear(bits: int = 2, activations: int = 8) -> PackedLinear:
     torch.manual_seed(bits)
     quantizer = Quantizer(8) if activations == 8 else None
-    module = PackedLinear(spec_for("linear", (5, 40), bits), quantizer, torch.float32, CPU, bias=True)
+    module = PackedLinear(spec_for("linear", (5, 40), bits), Quantizer(bits), quantizer, torch.float32, CPU, bias=True)
     nn.init.normal_(module.bias)
     return fill(module, torch.randn(5, 40), bits)
 
@@ -42,7 +42,9 @@ def packed_embedding(bits: int = 2, dtype: torch.dtype = torch.float32) -> Packe
     torch.manual_seed(bits)
     spec = spec_for("embedding", (7, 40), bits)
     return fill(
-        PackedEmbedding(spec, Quantizer(8), dtype, CPU, padding_idx=1, embed_scale=3.0), torch.randn(7, 40), bits
+        PackedEmbedding(spec, Quantizer(bits), Quantizer(8), dtype, CPU, padding_idx=1, embed_scale=3.0),
+        torch.randn(7, 40),
+        bits,
     )
 
 
@@ -86,7 +88,7 @@ def test_tied_modules_hold_no_tensors() -> None:
     head, lookup = PackedHead(owner, bias=False), TiedEmbedding(owner, padding_idx=1, embed_scale=1.0)
     assert not head.state_dict() and not lookup.state_dict() and not list(head.children())
     x = torch.randn(2, 40)
-    linear = PackedLinear(owner.spec, Quantizer(8), torch.float32, CPU, bias=False)
+    linear = PackedLinear(owner.spec, owner.quantizer, Quantizer(8), torch.float32, CPU, bias=False)
     linear.weight, linear.weight_scale = owner.weight, owner.weight_scale
     assert torch.equal(head(x), linear(x))
     assert torch.equal(lookup(torch.tensor([4])) * 3.0, owner(torch.tensor([4])))

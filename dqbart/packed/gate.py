@@ -42,9 +42,15 @@ def probe_inputs(student: Any, tokenizer: Any, texts: list[str], max_length: int
 @torch.no_grad()
 def behaviour(model: Any, inputs: dict[str, Tensor], decoder_ids: Tensor | None = None) -> dict[str, Tensor]:
     """Greedy ids of a model, and its logits for `decoder_ids` (by default those ids)."""
-    longest = min(NEW_TOKENS, model.config.max_position_embeddings - 1)
+    longest = min(NEW_TOKENS + 1, model.config.max_position_embeddings)
     ids = model.generate(
-        **inputs, num_beams=1, do_sample=False, max_new_tokens=longest, min_length=0, min_new_tokens=None
+        **inputs,
+        num_beams=1,
+        do_sample=False,
+        max_length=longest,
+        max_new_tokens=None,
+        min_length=0,
+        min_new_tokens=None,
     )
     logits = model(**inputs, decoder_input_ids=ids if decoder_ids is None else decoder_ids).logits
     return {"ids": ids, "logits": logits.float()}
