@@ -64,6 +64,8 @@ class Bits:
                 f"bits {self.text!r}: expected W-E-A, such as 2-2-8, with weights and embeddings in "
                 f"{WEIGHT_BITS} and activations in {ACTIVATION_BITS}"
             )
+        if numbers == (32, 32, 8):
+            raise ValueError(f"bits {self.text!r}: 8-bit activations need quantized weights; expected such as 8-8-8")
         object.__setattr__(self, "text", "{}-{}-{}".format(*numbers))
         for name, value in zip(("weights", "embeddings", "activations"), numbers, strict=True):
             object.__setattr__(self, name, value)

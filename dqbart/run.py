@@ -26,12 +26,14 @@ class Run:
     def open(cls, output: Path, identity: dict[str, Any], overwrite: bool) -> "Run":
         """Start or continue a run. Raises `FileExistsError` if the folder belongs to something else.
 
-        In a distributed run every process calls this with the same arguments; only the first one writes.
+        In a distributed run every process calls this with the same arguments; only the first one looks and writes.
         """
-        first = int(os.environ.get("RANK", "0")) == 0
         work = output.with_name(output.name + ".training")
         identity = json.loads(json.dumps(identity))
-        if overwrite and first:
+        if int(os.environ.get("RANK", "0")) != 0:
+            done = None if overwrite else _read(output / "report.json")
+            return cls(output, work, identity, done)
+        if overwrite:
             for folder in (output, work):
                 _remove_ours(folder)
         done = _read(output / "report.json")
@@ -46,9 +48,8 @@ class Run:
             difference = _difference(before, identity)
             if difference:
                 raise FileExistsError(f"{work}: {difference}; choose another --out, or --overwrite to start anew")
-        if first:
-            work.mkdir(parents=True, exist_ok=True)
-            _write(work / "run.json", identity)
+        work.mkdir(parents=True, exist_ok=True)
+        _write(work / "run.json", identity)
         return cls(output, work, identity, None)
 
     def finish(self, staged: Path, report: dict[str, Any]) -> None:
