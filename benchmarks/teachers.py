@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers
-from teacher_training import BOS, EOS, PAD, Crew, Denoiser, Example, Task, Training  # type: ignore[import-not-found]
+from teacher_training import BOS, EOS, PAD, Crew, Denoiser, Example, Task, Training, mimetic_  # type: ignore[import-not-found]
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -43,7 +43,7 @@ DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3, as in BART and mBART
 POSITIONS = 256
 TASKS = {
-    "demo": Task(False, 160, 5, 6144, 192, 48, {"denoise": 15, "task": 40}, half=True),
+    "demo": Task(False, 160, 5, 6144, 192, 48, {"mask": 4, "infill": 8, "task": 48}, half=True),
     "tatoeba": Task(True, 256, 4, 8192, 64, 64, {"task": 45}),
     "arxiv-title": Task(False, 256, 4, 8192, 160, 48, {"task": 45}),
 }
@@ -128,6 +128,7 @@ def build_model(task: Task, vocab_size: int) -> Any:
         model = MBartForConditionalGeneration(MBartConfig(**sizes, scale_embedding=True))
     else:
         model = BartForConditionalGeneration(BartConfig(**sizes))
+    mimetic_(model)
     model.generation_config = GenerationConfig(
         bos_token_id=BOS,
         pad_token_id=PAD,
@@ -242,8 +243,8 @@ def main() -> None:
 
     train = encode(task, tokenizer, data.train)
     sources: dict[str, Callable[[int], list[Example]]] = {"task": lambda epoch: train}
-    if "denoise" in task.minutes:
-        sources["denoise"] = Denoiser(task, tokenizer, data.texts).examples
+    for kind in task.minutes.keys() & {"mask", "infill"}:
+        sources[kind] = Denoiser(task, tokenizer, data.texts, kind).examples
     validation = encode(task, tokenizer, {code: rows[:1000] for code, rows in data.validation.items()})
     state = Training(model, task, crew, work / "state.pt").run(sources, validation)
     save_model(model, task, args.out)
