@@ -8,40 +8,46 @@ student was trained on, before bringing any data.
 from pathlib import Path
 from typing import Any
 
-from dqbart.recipe import LossWeights, Recipe
+from dqbart.recipe import Recipe
 
 TEACHER = Path(__file__).parent / "assets" / "docstring-teacher"
 TEST_EXAMPLES = 500
 SHOWN = 5
-
-RECIPE = dict(epochs=1.0, batch_size=64, max_source_length=128, max_target_length=32, evaluations=2, dev_subset=100)
+SETTINGS: dict[str, Any] = dict(
+    epochs=1.0, batch_size=64, max_source_length=128, max_target_length=32, evaluations=2, dev_subset=100
+)
 
 
 def demo(output: Path, *, bits: str = "2-2-8", layers: str = "3-2", **changes: Any) -> dict[str, Any]:
-    """Compress the shipped teacher into `output/model`, score both on the standard library's docstrings."""
-    from dqbart.data.docstrings import write_docstrings
+    """Compress the shipped teacher into `output/model`, score both on the standard library's docstrings.
+
+    `output/data` is harvested unless it is there already. `changes` go into the recipe. Returns the last line's
+    values: sizes, dev and test scores.
+    """
     from dqbart.evaluation.run import evaluate
     from dqbart.pipeline import compress
 
-    files = write_docstrings(output / "data")
-    recipe = Recipe(**{**RECIPE, "bits": bits, "layers": layers, "losses": LossWeights(), **changes})
-    result = compress(
-        str(TEACHER), files["train"], dev_data=files["validation"], recipe=recipe, output=output / "model"
-    )
-    answer = result.summary()
+    data = output / "data"
+    if not all((data / f"{split}.jsonl").exists() for split in ("train", "validation", "test")):
+        from dqbart.data.docstrings import write_docstrings
+
+        write_docstrings(data)
+    recipe = Recipe.from_dict(SETTINGS | {"bits": bits, "layers": layers} | changes)
+    result = compress(TEACHER, data, recipe=recipe, output=output / "model")
     scores, outputs = {}, {}
     for who, folder in (("teacher", TEACHER), ("student", result.folder)):
-        scores[who], outputs[who] = evaluate(
-            str(folder), files["test"], limit=TEST_EXAMPLES, generation={"max_length": 32}
-        )
-    print(f"test: {TEST_EXAMPLES} docstrings of the standard library")
-    for who, result_score in scores.items():
-        print(f"  {who:8s} {result_score}")
+        scores[who], outputs[who] = evaluate(str(folder), data, split="test", limit=TEST_EXAMPLES)
     for teacher_row, student_row in list(zip(outputs["teacher"], outputs["student"], strict=True))[:SHOWN]:
-        print(f"\n  body     {teacher_row['source'][:200]}")
-        print(f"  written  {teacher_row['reference']}")
-        print(f"  teacher  {teacher_row['output']}")
-        print(f"  student  {student_row['output']}")
+        print(f"body     {teacher_row['source'][:200]}")
+        print(f"written  {teacher_row['reference']}")
+        print(f"teacher  {teacher_row['output']}")
+        print(f"student  {student_row['output']}\n")
+    print(f"{scores['teacher'].n} docstrings of the standard library:")
+    for who, score in scores.items():
+        print(f"  {who}  {score}")
     sizes = result.report["sizes"]
-    print(f"\n  {sizes['file_bytes']:,} bytes, {sizes['ratio_to_fp32']} x smaller than the teacher in fp32")
-    return answer | {"test": {who: s.values for who, s in scores.items()}}
+    print(
+        f"{bits}, {layers} layers: {sizes['file_bytes']:,} bytes, {sizes['ratio_to_fp32']} x smaller than the teacher "
+        f"in fp32; try: dqbart generate {result.folder} --text '...'"
+    )
+    return result.summary() | {"test": {who: score.values for who, score in scores.items()}}

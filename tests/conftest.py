@@ -1,6 +1,7 @@
 """Shared fixtures: a small teacher folder with a tokenizer, and a data file, made once per run."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,20 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"source": s, "target": " ".join(s.split()[:3])} for s in sentences(60)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+@pytest.fixture(scope="session")
+def bart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A 2-4-8 student of a tiny BART, and its packed folder (to be read only)."""
+    from test_packed_modules import student
+
+    from dqbart.packed.checkpoint import save_packed
+
+    model = student("bart", "2-4-8")
+    return model, save_packed(model, tmp_path_factory.mktemp("bart") / "small")
+
+
+@pytest.fixture
+def folder(bart: tuple[Any, Path], tmp_path: Path) -> Path:
+    """A fresh copy of the packed BART, to be damaged."""
+    return Path(shutil.copytree(bart[1], tmp_path / "small"))

@@ -31,18 +31,6 @@ REPO = Path(__file__).parent.parent
 BEAM = dict(num_beams=4, max_new_tokens=12, no_repeat_ngram_size=2, forced_bos_token_id=5)
 
 
-@pytest.fixture(scope="module")
-def bart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    model = student("bart", "2-4-8")
-    return model, save_packed(model, tmp_path_factory.mktemp("bart") / "small")
-
-
-@pytest.fixture
-def folder(bart: tuple[Any, Path], tmp_path: Path) -> Path:
-    """A fresh copy of the packed BART, to be damaged."""
-    return Path(shutil.copytree(bart[1], tmp_path / "small"))
-
-
 def auto(folder: Path, **options: Any) -> Any:
     return AutoModelForSeq2SeqLM.from_pretrained(folder, **options)
 

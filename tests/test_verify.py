@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_packed_modules import student
 from tiny_models import tiny_seq2seq
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, BartForConditionalGeneration
 
@@ -19,18 +18,6 @@ from dqbart.packed.layout import as_words, pack
 from dqbart.packed.verify import verify
 
 hook.install()
-
-
-@pytest.fixture(scope="module")
-def bart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    model = student("bart", "2-4-8")
-    return model, save_packed(model, tmp_path_factory.mktemp("bart") / "small")
-
-
-@pytest.fixture
-def folder(bart: tuple[Any, Path], tmp_path: Path) -> Path:
-    """A fresh copy of the packed BART, to be damaged."""
-    return Path(shutil.copytree(bart[1], tmp_path / "small"))
 
 
 def auto(folder: Path, **options: Any) -> Any:
