@@ -14,7 +14,7 @@ TEACHER = Path(__file__).parent / "assets" / "docstring-teacher"
 TEST_EXAMPLES = 500
 SHOWN = 5
 SETTINGS: dict[str, Any] = dict(
-    epochs=1.0, batch_size=64, max_source_length=128, max_target_length=32, evaluations=2, dev_subset=100
+    epochs=0.45, batch_size=64, max_source_length=128, max_target_length=32, evaluations=2, dev_subset=100
 )
 
 
