@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers
-from teacher_training import BOS, EOS, PAD, Crew, Denoiser, Example, Task, Training, mimetic_  # type: ignore[import-not-found]
+from teacher_training import BOS, EOS, PAD, Crew, Denoiser, Example, Task, Training, mimetic_
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -44,8 +44,8 @@ SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3, as in BART and mBART
 POSITIONS = 256
 TASKS = {
     "demo": Task(False, 160, 5, 6144, 192, 48, {"mask": 4, "infill": 8, "task": 48}, half=True),
-    "tatoeba": Task(True, 256, 4, 8192, 64, 64, {"task": 45}),
-    "arxiv-title": Task(False, 256, 4, 8192, 160, 48, {"task": 45}),
+    "tatoeba": Task(True, 192, 6, 8192, 64, 64, {"task": 40}, learning_rate=1.2e-3),
+    "arxiv-title": Task(False, 192, 6, 8192, 128, 48, {"task": 40}),
 }
 ON_CUDA = {"d_model": 512, "heads": 8, "batch_tokens": 16000, "learning_rate": 5e-4}  # the demo's size is fixed
 

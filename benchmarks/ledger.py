@@ -1,0 +1,110 @@
+"""Where measurements are kept: one JSON file a benchmark, one row a case, written as each row comes.
+
+Problem: a full run takes hours, is interrupted, and goes on another day or on another machine. Method: rows are found
+again by their key, a rerun measures only what is missing, and every row points to the run that made it: command,
+commit, versions, processor. Rejected: a file per run (tables would have to choose) and CSV (rows differ in fields).
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dqbart.evaluation.environment import environment
+
+RESULTS = Path(__file__).resolve().parent / "results"
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+
+
+class Ledger:
+    """Rows of `path`, each a flat dict found by its values of `keys`.
+
+    Raises `ValueError` naming the file if it holds something else.
+    """
+
+    def __init__(self, path: str | Path, keys: Iterable[str]) -> None:
+        self.path, self.keys = Path(path), tuple(keys)
+        self.runs: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        self._run: int | None = None
+        if self.path.exists():
+            try:
+                content = json.loads(self.path.read_text(encoding="utf-8"))
+                self.runs, self.rows = content["runs"], content["rows"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.path}: not a results file ({error!r}); expected JSON with 'runs' and 'rows'; move it away"
+                ) from None
+
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        """The row with this key, or None. Every key must be given."""
+        if set(key) != set(self.keys):
+            raise ValueError(f"key {sorted(key)}: expected {sorted(self.keys)}")
+        return next((row for row in self.rows if all(row.get(k) == v for k, v in key.items())), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Store `row` in place of one with the same key; the file is complete after every call."""
+        old = self.find(**{key: row[key] for key in self.keys})
+        if self._run is None:
+            self.runs.append(describe_run())
+            self._run = len(self.runs) - 1
+        row = row | {"run": self._run}
+        if old is None:
+            self.rows.append(row)
+        else:
+            self.rows[self.rows.index(old)] = row
+        self._drop_unused_runs()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".partial")
+        lines = {name: ",\n".join("  " + json.dumps(item) for item in getattr(self, name)) for name in ("runs", "rows")}
+        partial.write_text(
+            '{{\n "runs": [\n{runs}\n ],\n "rows": [\n{rows}\n ]\n}}\n'.format(**lines), encoding="utf-8"
+        )
+        os.replace(partial, self.path)
+
+    def _drop_unused_runs(self) -> None:
+        used = sorted({row["run"] for row in self.rows} | {self._run or 0})
+        place = {old: new for new, old in enumerate(used)}
+        self.runs = [self.runs[old] for old in used]
+        self.rows = [row | {"run": place[row["run"]]} for row in self.rows]
+        self._run = place.get(self._run) if self._run is not None else None
+
+
+def describe_run() -> dict[str, Any]:
+    """Command, commit, date, versions and processor flags of this process."""
+    script = Path(sys.argv[0]).name
+    return {
+        "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "flags": _flags(),
+        **environment(),
+    }
+
+
+def _commit() -> str | None:
+    """Short hash, with + where files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    if found.returncode:
+        return None
+    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return found.stdout.strip() + ("+" if dirty else "")
+
+
+def _flags() -> list[str]:
+    info = Path("/proc/cpuinfo")
+    words = set(info.read_text().split()) if info.exists() else set()
+    return [flag for flag in FLAGS if flag in words]
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A table; None becomes an empty cell."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *([("" if c is None else str(c)) for c in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,53 @@
+"""Results survive interruption, find their rows again, and say which run made them."""
+
+import json
+
+import pytest
+from ledger import Ledger, describe_run, markdown
+
+
+def test_rows_are_found_again_and_replaced(tmp_path):
+    path = tmp_path / "deep" / "x.json"
+    ledger = Ledger(path, ["bits", "layers"])
+    ledger.add({"bits": "2-2-8", "layers": "6-3", "score": 1.0})
+    ledger.add({"bits": "8-8-8", "layers": "6-3", "score": 2.0})
+    again = Ledger(path, ["bits", "layers"])
+    assert again.find(bits="2-2-8", layers="6-3")["score"] == 1.0
+    assert again.find(bits="2-2-8", layers="6-6") is None
+    again.add({"bits": "2-2-8", "layers": "6-3", "score": 3.0})
+    final = Ledger(path, ["bits", "layers"])
+    assert [row["score"] for row in final.rows] == [3.0, 2.0]
+    assert [row["run"] for row in final.rows] == [1, 0]
+    assert not list(path.parent.glob("*.partial"))
+
+
+def test_a_run_that_made_no_row_that_is_left_is_dropped(tmp_path):
+    path = tmp_path / "x.json"
+    for score in range(3):
+        Ledger(path, ["bits"]).add({"bits": "8-8-8", "score": score})
+    content = json.loads(path.read_text())
+    assert len(content["runs"]) == 1 and content["rows"][0] == {"bits": "8-8-8", "score": 2, "run": 0}
+
+
+def test_an_incomplete_key_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected"):
+        Ledger(tmp_path / "x.json", ["bits", "layers"]).find(bits="2-2-8")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": []}', "nonsense"])
+def test_a_file_of_something_else_is_named(tmp_path, text):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="x.json: not a results file"):
+        Ledger(path, ["bits"])
+    assert path.read_text() == text
+
+
+def test_a_run_names_commit_command_and_versions():
+    run = describe_run()
+    assert run["command"].startswith("python benchmarks/") and "torch" in run["packages"]
+    assert isinstance(run["flags"], list) and run["date"].count("-") == 2
+
+
+def test_markdown():
+    assert markdown(["a", "b"], [[1, None]]) == "| a | b |\n| --- | --- |\n| 1 |  |"
