@@ -11,7 +11,7 @@ def examine() -> dict[str, Any]:
     import torch
     from dqbart_kernels.integer_matmul import best_path
 
-    from dqbart.engines import ENGINES
+    from dqbart.engines import ENGINES, cpu
     from dqbart.evaluation.environment import environment
 
     found = environment()
@@ -21,8 +21,10 @@ def examine() -> dict[str, Any]:
         f"python {found['python']} on {found['system']}, {found['processor']}, {found['cores']} cores, "
         f"{found['instructions']}",
         "  ".join(f"{name} {number}" for name, number in found["packages"].items()),
-        f"engines: {', '.join(ENGINES)}; integer products on this CPU run through {path}, checked bit by bit just now",
+        f"engine cpu: {cpu.describe()}",
+        f"engine torch: integer products on this CPU run through {path}, checked bit by bit just now",
         f"GPU: {found['gpu'] or 'none that torch can use'}",
         *(f"not installed: {name} (optional): {command}" for name, command in missing.items()),
     ]
-    return found | {"engines": list(ENGINES), "cpu_product": path, "missing": missing, "lines": lines}
+    engines = [name for name in ENGINES if name != "cpu" or cpu.native.reason() is None]
+    return found | {"engines": engines, "cpu_product": path, "missing": missing, "lines": lines}

@@ -1,0 +1,277 @@
+"""The native CPU engine: a packed folder in C++ memory, and `generate` as one call into it.
+
+`open_native` reads a checked folder into `dqbart_kernels.cpu.Model`; `CpuModel` gives it the face of a transformers
+model: `generate`, `config`, `generation_config`. transformers itself resolves the generation settings, on a model
+without weights, so defaults, checkpoint settings and their errors are its own. What the native loop does not know
+(a custom processor, left padding, scores to return) runs in the torch engine, loaded when it is needed, and is said.
+Rejected: a subclass of transformers' class with native forward passes: each of its steps would cross into Python.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dqbart_kernels import cpu as native
+
+from dqbart.packed import shards
+from dqbart.packed.layout import FIELD_BITS, as_bytes, as_words, pack, unpack_trits
+from dqbart.packed.skeleton import expected_tensors
+from dqbart.packed.spec import PackedSpec
+from dqbart.packed.verify import build_skeleton, check_files, read_config, read_spec
+
+log = logging.getLogger("dqbart")
+
+# transformers' settings that the native loop knows, and ours for them.
+_SAME = (
+    "num_beams", "num_return_sequences", "max_length", "min_length", "no_repeat_ngram_size", "early_stopping",
+    "length_penalty", "repetition_penalty", "do_sample", "temperature", "top_k", "top_p",
+)  # fmt: skip
+_RENAMED = {
+    "min_new_tokens": "min_new_tokens", "forced_bos_token_id": "forced_bos_token",
+    "forced_eos_token_id": "forced_eos_token", "bad_words_ids": "bad_words", "suppress_tokens": "suppress",
+    "begin_suppress_tokens": "begin_suppress",
+}  # fmt: skip
+# Settings that choose no token.
+_HARMLESS = frozenset(
+    "use_cache cache_implementation cache_config max_cache_len return_legacy_cache compile_config disable_compile "
+    "bos_token_id pad_token_id eos_token_id decoder_start_token_id transformers_version prefill_chunk_size "
+    "max_new_tokens is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold "
+    "assistant_lookbehind assistant_early_exit target_lookbehind num_beam_groups diversity_penalty".split()
+)
+_SAMPLING = frozenset("temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff".split())
+
+
+def why_not(config: dict[str, Any], spec: PackedSpec) -> str | None:
+    """Why the native engine can't run a model of this kind; None if it can."""
+    if (reason := native.reason()) is not None:
+        return reason
+    kind = config.get("model_type")
+    if kind not in ("bart", "mbart"):
+        return f"model type {kind!r}: it runs bart and mbart"
+    if spec.numerics != "integer" or spec.activation_bits != 8 or spec.probability_bits != 32:
+        return "it runs integer numerics with 8-bit activations and float probabilities"
+    if config.get("activation_function", "gelu") != "gelu":
+        return f"activation {config['activation_function']!r}: it runs gelu"
+    layers = {n: m for n, m in spec.modules.items() if m.kind == "linear" and m.tied_to is None}
+    expected = config["encoder_layers"] * 6 + config["decoder_layers"] * 10
+    if len(layers) != expected or any(m.granularity != "row" for m in layers.values()):
+        return f"{len(layers)} of {expected} linear layers are packed with a scale per column: it runs all or none"
+    if "lm_head" not in spec.modules or "model.shared" not in spec.modules:
+        return "the vocabulary matrix or lm_head is in float: it runs packed ones"
+    for name, module in layers.items():
+        if name.endswith("k_proj") and module.bits != layers[name.replace("k_proj", "v_proj")].bits:
+            return f"{name} and its v_proj have different bits: it multiplies them together"
+        if name.endswith("self_attn.q_proj") and module.bits != layers[name.replace("q_proj", "k_proj")].bits:
+            return f"{name} and its k_proj have different bits: it multiplies them together"
+    return None
+
+
+def open_native(folder: Path, config: dict[str, Any], spec: PackedSpec, skeleton: Any) -> native.Model:
+    """Check the folder's files and read them into native memory, tensor by tensor.
+
+    Raises `FileNotFoundError` or `ValueError` naming file and tensor, as `dqbart.packed.verify.verify` does.
+    """
+    found = [shards.read_shard(file) for file in shards.shard_files(folder)]
+    check_files(found, expected_tensors(skeleton, spec), spec, everything=True)
+    tensors = shards.merge(found)
+    c, before = skeleton.config, skeleton.config.model_type == "mbart"
+    rows = {name: tensors[f"model.{name}.embed_positions.weight"].shape[0] for name in ("encoder", "decoder")}
+    model = native.Model(
+        dict(
+            d=c.d_model, heads=c.encoder_attention_heads, encoder_layers=c.encoder_layers,
+            decoder_layers=c.decoder_layers, encoder_ffn=c.encoder_ffn_dim, decoder_ffn=c.decoder_ffn_dim,
+            vocabulary=c.vocab_size, encoder_positions=rows["encoder"], decoder_positions=rows["decoder"],
+            position_offset=skeleton.model.encoder.embed_positions.offset, pre_norm=before, embedding_norm=True,
+            final_norm=before, head_bias=True,
+        ),
+        embed_scale=c.d_model**0.5 if c.scale_embedding else 1.0,
+        eps=skeleton.model.encoder.layernorm_embedding.eps,
+    )  # fmt: skip
+    for name, module in spec.modules.items():
+        if module.tied_to is not None:
+            continue
+        words = shards.read_tensor(tensors[f"{name}.weight"])
+        if module.layout == "trits":
+            words = as_words(pack(unpack_trits(as_bytes(words), module.shape[1]), 2))
+        bias = tensors.get(f"{name}.bias")
+        model.set_matrix(
+            name.removeprefix("model."), FIELD_BITS[module.bits], module.shape, as_bytes(words).numpy(),
+            _floats(tensors[f"{name}.weight_scale"]), _floats(bias) if bias is not None else None,
+        )  # fmt: skip
+    for name, info in tensors.items():
+        if name.rpartition(".")[0] not in spec.modules:
+            model.set_vector(name.removeprefix("model."), _floats(info))
+    model.finish()
+    return model
+
+
+def _floats(info: shards.TensorInfo) -> native.F32:
+    return np.ascontiguousarray(shards.read_tensor(info).float().reshape(-1).numpy())
+
+
+class CpuModel:
+    """A packed BART or mBART that writes text natively. `generate` takes what transformers' does.
+
+    `config` and `generation_config` are transformers' objects. `torch_model` is the same folder in the torch engine,
+    loaded at first use: for logits, and for what the native loop doesn't do. `threads`: of each call.
+    """
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+    training = False
+
+    def __init__(self, folder: str | Path, *, threads: int | None = None) -> None:
+        self.folder = Path(folder)
+        config = read_config(self.folder)
+        spec = read_spec(self.folder, config)
+        reason = why_not(config, spec)
+        if reason is not None:
+            raise ValueError(f"engine 'cpu' can't run {folder}: {reason}; use engine 'torch'")
+        self._skeleton = build_skeleton(self.folder, config, spec)
+        self._read_generation_config()
+        self.config = self._skeleton.config
+        self.native = open_native(self.folder, config, spec, self._skeleton)
+        self.threads = threads or torch.get_num_threads()
+        self._torch_model: Any = None
+        self._said: set[str] = set()
+
+    def _read_generation_config(self) -> None:
+        from transformers import GenerationConfig
+
+        if (self.folder / "generation_config.json").is_file():
+            self._skeleton.generation_config = GenerationConfig.from_pretrained(str(self.folder))
+
+    @property
+    def generation_config(self) -> Any:
+        return self._skeleton.generation_config
+
+    @property
+    def torch_model(self) -> Any:
+        """The same model in the torch engine."""
+        if self._torch_model is None:
+            from dqbart.packed.checkpoint import load_packed
+
+            self._torch_model = load_packed(self.folder)
+        return self._torch_model
+
+    def eval(self) -> "CpuModel":
+        return self
+
+    def modules(self) -> Any:
+        """As of an `nn.Module` without parts: nothing here is ever in training mode."""
+        return iter(())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Logits, from the torch engine."""
+        with torch.no_grad():
+            return self.torch_model(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"CpuModel({str(self.folder)!r}, {self.native.instruction_set}, {self.threads} threads)"
+
+    @torch.no_grad()
+    def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """Token ids [sequences, length], as transformers' `generate` for the same model and settings.
+
+        `input_ids` and `attention_mask` [B, S], right-padded; settings as keyword arguments or a `GenerationConfig`.
+        `streamer` and `seed` (of sampling; else drawn from torch's generator) are understood too.
+        """
+        call = dict(kwargs)
+        ids = call.pop("input_ids", inputs)
+        mask, streamer, seed = call.pop("attention_mask", None), call.pop("streamer", None), call.pop("seed", None)
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or 0 in ids.shape:
+            found = list(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
+            raise ValueError(f"input_ids {found}: expected token ids [batch, length], neither of them 0")
+        settings, rest = self._skeleton._prepare_generation_config(generation_config, **call)
+        self._skeleton._prepare_special_tokens(settings, True, device=ids.device)
+        mask = self._mask(ids, mask, settings)
+        reason = self._unsupported(settings, rest, mask, streamer)
+        if reason is not None:
+            if reason not in self._said:
+                self._said.add(reason)
+                log.warning("generate runs in the torch engine: the native loop does not know %s", reason)
+            return self.torch_model.generate(inputs, generation_config, **kwargs)
+        return self._run(ids, mask, settings, call, streamer, seed)
+
+    def _mask(self, ids: Any, mask: Any, settings: Any) -> Any:
+        if mask is not None:
+            if tuple(mask.shape) != tuple(ids.shape):
+                raise ValueError(
+                    f"attention_mask {list(mask.shape)}: expected the shape of input_ids, {list(ids.shape)}"
+                )
+            return mask.bool()
+        pad = settings._pad_token_tensor
+        ends = settings._eos_token_tensor
+        if pad is None or not (ids == pad).any() or (ends is not None and (ends == pad).any()):
+            return torch.ones_like(ids, dtype=torch.bool)  # transformers guesses a mask by the same rule
+        return ids != pad
+
+    def _unsupported(self, settings: Any, rest: dict[str, Any], mask: Any, streamer: Any) -> str | None:
+        """What the native loop can't do of this call, in words."""
+        rest = {name: value for name, value in rest.items() if value is not None and name != "use_cache"}
+        if rest:
+            return f"the argument {sorted(rest)[0]!r}"
+        lengths = mask.sum(1)
+        if (lengths == 0).any() or not torch.equal(mask, torch.arange(mask.shape[1]) < lengths[:, None]):
+            return "padding on the left or inside a source"
+        if settings.do_sample and settings.num_beams > 1:
+            return "sampling with beams"
+        if streamer is not None and (len(mask) > 1 or settings.num_beams > 1):
+            return "a streamer for several texts or beams"
+        if settings.decoder_start_token_id is None or isinstance(settings.decoder_start_token_id, list):
+            return "a decoder start of its own per text"
+        if isinstance(settings.forced_eos_token_id, list):
+            return "several forced_eos_token_id"
+        defaults = type(settings)._get_default_generation_params()
+        known = {*_SAME, *_RENAMED} | _HARMLESS | (set() if settings.do_sample else _SAMPLING)
+        for name, value in settings.to_dict().items():
+            if name not in known and not name.startswith("_") and value not in (None, defaults.get(name), False):
+                return f"the setting {name!r}"
+        return None
+
+    def _run(self, ids: Any, mask: Any, settings: Any, call: dict[str, Any], streamer: Any, seed: int | None) -> Any:
+        options = {name: value for name in _SAME if (value := getattr(settings, name, None)) is not None}
+        options |= {ours: value for name, ours in _RENAMED.items() if (value := getattr(settings, name, None))}
+        start = int(settings._decoder_start_token_tensor)
+        ends = [] if settings._eos_token_tensor is None else settings._eos_token_tensor.reshape(-1).tolist()
+        if call.get("max_new_tokens", settings.max_new_tokens) is not None:
+            options["max_length"] = 1 + settings.max_new_tokens
+        if "bad_words" in options:  # as transformers: an end token can't be a bad word by itself
+            options["bad_words"] = [word for word in options["bad_words"] if len(word) > 1 or word[0] not in ends]
+        if options.get("do_sample"):
+            options["seed"] = int(torch.randint(2**62, ())) if seed is None else seed
+        else:
+            options = {name: value for name, value in options.items() if name not in _SAMPLING}
+        sources = [row[keep].to(torch.int32).numpy() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
+        on_token: Callable[[int, int], bool] | None = None
+        if streamer is not None:
+            streamer.put(torch.tensor([[start]]))
+
+            def on_token(sequence: int, token: int) -> bool:
+                streamer.put(torch.tensor([token]))
+                return False
+
+        rows, _, _ = self.native.generate(
+            sources, threads=self.threads, start_token=start, eos=ends, on_token=on_token, **options
+        )
+        if streamer is not None:
+            streamer.end()
+        pad = settings._pad_token_tensor
+        fill = int(pad) if pad is not None else ends[0] if ends else -1
+        out = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            out[i, : len(row)] = torch.from_numpy(row.astype(np.int64))
+        return out.to(ids.device)
+
+
+def describe() -> str:
+    """One line for `dqbart doctor`."""
+    reason = native.reason()
+    if reason is not None:
+        return f"not available: {reason}"
+    forced = f", forced by {native.VARIABLE}" if os.environ.get(native.VARIABLE) else ""
+    return f"{native.chosen_instruction_set()}{forced} (this processor runs {', '.join(native.instruction_sets())})"

@@ -1,0 +1,51 @@
+// AVX-512 with VNNI: vpdpbusd multiplies 64 unsigned codes by 64 signed activations and adds into 16 columns.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace dq::avx512 {
+
+struct Simd {
+  static constexpr int kParts = 1, kRows = 8, kChains = 4, kFloats = 16, kOffset8 = 128;
+  template <int bits>
+  static constexpr int kPeriod = 1 << 20;
+  using Bytes = __m512i;
+  using Wide = __m512i;
+  using Quad = __m512i;
+  template <int bits>
+  using Weight = __m512i;
+
+  static Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static Wide zero() { return _mm512_setzero_si512(); }
+  static Quad broadcast(const int8_t* p) {
+    int32_t quad;
+    __builtin_memcpy(&quad, p, 4);
+    return _mm512_set1_epi32(quad);
+  }
+  template <int bits>
+  static Bytes field(Bytes raw, int i) {
+    if constexpr (bits == 8) return raw;
+    return _mm512_and_si512(_mm512_srli_epi16(raw, i * bits), _mm512_set1_epi8((1 << bits) - 1));
+  }
+  template <int bits>
+  static Weight<bits> prepare(Bytes code) {
+    return bits == 8 ? _mm512_xor_si512(code, _mm512_set1_epi8(-128)) : code;
+  }
+  template <int bits>
+  static Wide dot(Wide sum, Weight<bits> w, Quad a) {
+    return _mm512_dpbusd_epi32(sum, w, a);
+  }
+  template <int bits>
+  static Wide widen(Wide wide, Wide sum) {
+    return _mm512_add_epi32(wide, sum);
+  }
+  static void pin(Wide&) {}
+  static __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+  static void store(int32_t* p, Wide wide) { _mm512_storeu_si512(p, wide); }
+};
+
+#include "kernels.inc"
+
+}  // namespace dq::avx512
+
+const dq::Kernels dq::kAvx512 = dq::avx512::table("avx512-vnni");

@@ -1,0 +1,61 @@
+// Plain C++, for every processor and as the reference of the others.
+#include "kernels.h"
+
+namespace dq::portable {
+
+struct Simd {
+  static constexpr int kParts = 4, kRows = 2, kChains = 1, kFloats = 4, kOffset8 = 0;
+  template <int bits>
+  static constexpr int kPeriod = 1 << 20;
+  struct Bytes {
+    uint8_t byte[16];
+  };
+  struct Wide {
+    int32_t column[4];
+  };
+  struct Quad {
+    int8_t k[4];
+  };
+  template <int bits>
+  using Weight = Bytes;
+
+  static Bytes load(const uint8_t* p) {
+    Bytes raw;
+    __builtin_memcpy(&raw, p, 16);
+    return raw;
+  }
+  static Wide zero() { return {}; }
+  static Quad broadcast(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
+  template <int bits>
+  static Bytes field(Bytes raw, int i) {
+    if constexpr (bits < 8)
+      for (uint8_t& byte : raw.byte) byte = byte >> (i * bits) & ((1 << bits) - 1);
+    return raw;
+  }
+  template <int bits>
+  static Weight<bits> prepare(Bytes code) {
+    return code;
+  }
+  template <int bits>
+  static Wide dot(Wide sum, Weight<bits> w, Quad a) {
+    for (int j = 0; j < 16; ++j) sum.column[j / 4] += static_cast<int8_t>(w.byte[j]) * a.k[j % 4];
+    return sum;
+  }
+  template <int bits>
+  static Wide widen(Wide wide, Wide sum) {
+    for (int j = 0; j < 4; ++j) wide.column[j] += sum.column[j];
+    return wide;
+  }
+  static void pin(Wide&) {}
+  template <class F>
+  static F fma(F a, F b, F c) {
+    return a * b + c;
+  }
+  static void store(int32_t* p, Wide wide) { __builtin_memcpy(p, wide.column, 16); }
+};
+
+#include "kernels.inc"
+
+}  // namespace dq::portable
+
+const dq::Kernels dq::kPortable = dq::portable::table("portable");

@@ -1,0 +1,147 @@
+#include "model.h"
+
+#include <cstring>
+#include <stdexcept>
+
+namespace dq {
+
+static int blocks_of(int k, int bits) {
+  const int per_block = kPanelRows * 8 / bits;
+  return (k + per_block - 1) / per_block;
+}
+
+Model::Model(const Config& c, const Kernels& kernels) : config(c), kernels(kernels) {
+  expect("shared", vocabulary, c.vocabulary, c.d);
+  if (c.head_bias) expect("final_logits_bias", head_bias, c.vocabulary);
+  encoder.layers.resize(c.encoder_layers);
+  decoder.layers.resize(c.decoder_layers);
+  for (const bool is_decoder : {false, true}) {
+    Stack& stack = is_decoder ? decoder : encoder;
+    const std::string top = is_decoder ? "decoder." : "encoder.";
+    const int positions = is_decoder ? c.decoder_positions : c.encoder_positions;
+    const int ffn = is_decoder ? c.decoder_ffn : c.encoder_ffn;
+    expect(top + "embed_positions.weight", stack.positions, static_cast<size_t>(positions) * c.d);
+    if (c.embedding_norm) expect(top + "layernorm_embedding", stack.embedding_norm);
+    if (c.final_norm) expect(top + "layer_norm", stack.final_norm);
+    for (size_t i = 0; i < stack.layers.size(); ++i) {
+      Layer& layer = stack.layers[i];
+      const std::string name = top + "layers." + std::to_string(i) + ".";
+      for (const char* of : {"q_proj", "k_proj", "v_proj"}) expect(name + "self_attn." + of, layer.self.qkv, c.d, c.d);
+      expect(name + "self_attn.out_proj", layer.self.out, c.d, c.d);
+      expect(name + "self_attn_layer_norm", layer.self.norm);
+      if (is_decoder) {
+        expect(name + "encoder_attn.q_proj", layer.cross.qkv, c.d, c.d);
+        for (const char* of : {"k_proj", "v_proj"}) expect(name + "encoder_attn." + of, layer.cross.kv, c.d, c.d);
+        expect(name + "encoder_attn.out_proj", layer.cross.out, c.d, c.d);
+        expect(name + "encoder_attn_layer_norm", layer.cross.norm);
+      }
+      expect(name + "fc1", layer.fc1, ffn, c.d);
+      expect(name + "fc2", layer.fc2, c.d, ffn);
+      expect(name + "final_layer_norm", layer.norm);
+    }
+  }
+}
+
+void Model::expect(const std::string& name, Linear& linear, int n, int k) {
+  parts_[name] = {&linear, linear.n, n, k};
+  linear.n += n;
+  linear.k = k;
+}
+
+void Model::expect(const std::string& name, std::vector<float>& values, size_t count) {
+  vectors_[name] = {&values, count};
+}
+
+void Model::expect(const std::string& name, Norm& norm) {
+  expect(name + ".weight", norm.weight, config.d);
+  expect(name + ".bias", norm.bias, config.d);
+}
+
+// planar32 (packed/layout.py): bits [b i, b i + b) of byte j of a 32-byte block hold, in two's complement, k = 32 i + j.
+// Four bytes of a plane are one quad of k; a panel block holds 8 / b quads of 16 columns in the same fields.
+static void repack(const uint8_t* row, int k, int bits, uint8_t* panel) {
+  const int planes = 8 / bits, quads = (k + kPanelRows - 1) / kPanelRows;
+  const uint32_t mask = 0x01010101u * ((1u << bits) - 1);
+  // Two's complement plus qmax is the offset binary of pack(); one bit: a set bit means -1.
+  const uint32_t offset = 0x01010101u * (bits == 4 ? 7 : 1);
+  for (int quad = 0; quad < quads; ++quad) {
+    const int block = quad / (8 * planes), plane = quad / 8 % planes, byte = quad % 8 * kPanelRows;
+    uint32_t word;
+    std::memcpy(&word, row + block * 32 + byte, 4);
+    if (bits == 8) {
+      std::memcpy(panel + static_cast<size_t>(quad) * 64, &word, 4);
+      continue;
+    }
+    word = word >> (bits * plane) & mask;
+    word = bits == 1 ? word ^ mask : (word + offset) & mask;  // no carries: fields are less than a byte
+    uint32_t fields;
+    uint8_t* at = panel + static_cast<size_t>(quad / planes) * 64;
+    std::memcpy(&fields, at, 4);
+    fields |= word << (bits * (quad % planes));
+    std::memcpy(at, &fields, 4);
+  }
+}
+
+void Model::set_matrix(const std::string& name, int bits, int n, int k, const uint8_t* planar, const float* scale,
+                       const float* bias) {
+  const auto found = parts_.find(name);
+  if (found == parts_.end()) throw std::invalid_argument(name + ": no such matrix in this model, or it was set before");
+  const Part part = found->second;
+  Linear& linear = *part.linear;
+  if (n != part.n || k != part.k)
+    throw std::invalid_argument(name + ": shape [" + std::to_string(n) + ", " + std::to_string(k) + "], expected [" +
+                                std::to_string(part.n) + ", " + std::to_string(part.k) + "]");
+  if (bits != 1 && bits != 2 && bits != 4 && bits != 8)
+    throw std::invalid_argument(name + ": " + std::to_string(bits) + " bits, expected 1, 2, 4 or 8");
+  const int blocks = blocks_of(k, bits);
+  if (linear.bits == 0) {
+    linear.bits = bits;
+    const size_t bytes = packed_bytes(linear.n, k, bits);
+    std::memset(linear.codes.reserve(bytes), 0, bytes);
+    linear.scale.assign(linear.n, 0.0f);
+    linear.bias.assign(linear.n, 0.0f);
+  }
+  if (linear.bits != bits)
+    throw std::invalid_argument(name + ": " + std::to_string(bits) + " bits, but the projection beside it has " +
+                                std::to_string(linear.bits));
+  const size_t row_bytes = static_cast<size_t>((k * bits + 255) / 256) * 32;
+  for (int i = 0; i < n; ++i) {
+    const int column = part.first + i;
+    uint8_t* panel = linear.codes.get() + static_cast<size_t>(column / kColumns) * blocks * 64;
+    repack(planar + i * row_bytes, k, bits, panel + column % kColumns * kPanelRows);
+  }
+  std::memcpy(linear.scale.data() + part.first, scale, sizeof(float) * n);
+  if (bias) std::memcpy(linear.bias.data() + part.first, bias, sizeof(float) * n);
+  parts_.erase(found);
+}
+
+void Model::set_vector(const std::string& name, const float* values, int64_t count) {
+  const auto found = vectors_.find(name);
+  if (found == vectors_.end()) throw std::invalid_argument(name + ": no such vector in this model, or it was set before");
+  auto& [target, expected] = found->second;
+  if (count < 0 || static_cast<size_t>(count) != expected)
+    throw std::invalid_argument(name + ": " + std::to_string(count) + " values, expected " + std::to_string(expected));
+  target->assign(values, values + count);
+  vectors_.erase(found);
+}
+
+void Model::finish() {
+  if (!parts_.empty()) throw std::invalid_argument(parts_.begin()->first + ": missing");
+  if (!vectors_.empty()) throw std::invalid_argument(vectors_.begin()->first + ": missing");
+}
+
+void Model::embed(int32_t token, float* x) const {
+  const int bits = vocabulary.bits, planes = 8 / bits, k = vocabulary.k;
+  const uint8_t* at = vocabulary.codes.get() +
+                      static_cast<size_t>(token / kColumns) * blocks_of(k, bits) * 64 + token % kColumns * kPanelRows;
+  const float scale = vocabulary.scale[token];
+  for (int i = 0; i < k; ++i) {
+    const int quad = i / kPanelRows;
+    const uint8_t byte = at[static_cast<size_t>(quad / planes) * 64 + i % kPanelRows];
+    const int field = byte >> (bits * (quad % planes)) & ((1 << bits) - 1);
+    const int code = bits == 8 ? static_cast<int8_t>(byte) : bits == 1 ? 2 * field - 1 : field - (bits == 4 ? 7 : 1);
+    x[i] = static_cast<float>(code) * scale * config.embed_scale;
+  }
+}
+
+}  // namespace dq

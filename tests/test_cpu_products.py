@@ -1,0 +1,116 @@
+"""The native products: exact integers in every instruction set, and floats in the order that every engine keeps."""
+
+import numpy as np
+import pytest
+from dqbart_kernels import cpu
+from dqbart_kernels.cpu.products import Product, quantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.skipif(cpu.reason() is not None, reason=str(cpu.reason()))
+SETS = cpu.instruction_sets() if cpu.reason() is None else []
+LARGEST = {1: 1, 2: 1, 4: 7, 8: 127}
+
+
+def random_codes(rng: np.random.Generator, shape: tuple[int, int], bits: int) -> cpu.I8:
+    top = LARGEST[bits]
+    return (rng.choice([-1, 1], shape) if bits == 1 else rng.integers(-top, top + 1, shape)).astype(np.int8)
+
+
+def product(
+    isa: str, codes: cpu.I8, bits: int, a: cpu.I8, w_scale: cpu.F32 | None = None, a_scale: cpu.F32 | None = None,
+    threads: int = 1, gelu: bool = False, integers: bool = False,
+) -> cpu.F32 | cpu.I32:  # fmt: skip
+    ones = np.ones(max(len(codes), len(a)), np.float32)
+    w_scale, a_scale = (
+        ones[: len(codes)] if w_scale is None else w_scale,
+        ones[: len(a)] if a_scale is None else a_scale,
+    )
+    return Product(isa, codes, bits, w_scale, a, a_scale).run(threads, gelu, integers)
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("n, k, m", [(1, 1, 1), (17, 3, 2), (16, 64, 6), (33, 100, 7), (50, 129, 13), (15, 4096, 5)])
+def test_exact_integers(isa: str, bits: int, n: int, k: int, m: int) -> None:
+    rng = np.random.default_rng(n + k + m)
+    codes, a = random_codes(rng, (n, k), bits), rng.integers(-127, 128, (m, k)).astype(np.int8)
+    got = product(isa, codes, bits, a, threads=2, integers=True)
+    assert np.array_equal(got, a.astype(np.int64) @ codes.T.astype(np.int64))
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_extremes_do_not_saturate(isa: str, bits: int, sign: int) -> None:
+    """All codes at their largest against all activations at theirs: where 16-bit sums would overflow first."""
+    codes = np.full((31, 3072), LARGEST[bits], np.int8)
+    codes[::2] *= -1
+    a = np.full((9, 3072), sign * 127, np.int8)
+    assert np.array_equal(product(isa, codes, bits, a, integers=True), a.astype(np.int64) @ codes.T.astype(np.int64))
+
+
+@pytest.mark.parametrize("isa", SETS)
+@given(
+    n=st.integers(1, 70), k=st.integers(1, 400), m=st.integers(1, 40), bits=st.sampled_from([1, 2, 4, 8]),
+    threads=st.integers(1, 3), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_any_shape(isa: str, n: int, k: int, m: int, bits: int, threads: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    codes, a = random_codes(rng, (n, k), bits), rng.integers(-127, 128, (m, k)).astype(np.int8)
+    want = a.astype(np.int64) @ codes.T.astype(np.int64)
+    assert np.array_equal(product(isa, codes, bits, a, threads=threads, integers=True), want)
+    w_scale, a_scale = rng.random(n).astype(np.float32) + 0.5, rng.random(m).astype(np.float32)
+    got = product(isa, codes, bits, a, threads=threads, w_scale=w_scale, a_scale=a_scale)
+    assert np.array_equal(got, want.astype(np.float32) * a_scale[:, None] * w_scale)
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_gelu_is_the_exact_one(isa: str) -> None:
+    """Products whose values run through GELU's whole range; erf in float64 is the reference."""
+    from math import erf
+
+    a = np.zeros((255, 64), np.int8)
+    a[:, 0] = np.arange(-127, 128)
+    codes = np.zeros((16, 64), np.int8)
+    codes[:, 0] = 1
+    scale = np.linspace(0.001, 0.2, 16, dtype=np.float32)
+    x = a[:, :1].astype(np.float32) * scale
+    want = np.array([[v * 0.5 * (1 + erf(v / 2**0.5)) for v in row] for row in x.astype(np.float64)])
+    got = product(isa, codes, 8, a, w_scale=scale, gelu=True)
+    assert np.abs(got - want).max() < 2e-6 and np.abs((got - want)[x > 0] / want[x > 0]).max() < 5e-7
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("k", [1, 7, 16, 33, 768])
+def test_quantization_is_the_contract_s(isa: str, k: int) -> None:
+    x = np.random.default_rng(k).standard_normal((5, k)).astype(np.float32)
+    x[1] = 0
+    x[2] *= 1e-35  # quantizes as zeros: 127 / max would overflow
+    x[3, : k // 2] = np.round(x[3, : k // 2] * 4) / 4
+    x[4, 0] = 127.0
+    x[4, 1:] = np.round(x[4, 1:] * 10) + 0.5  # ties: half to even
+    codes, scale, total = quantize(isa, x)
+    peak = np.maximum(np.abs(x).max(1, keepdims=True), np.float32(1e-30))
+    want = np.rint(x * (np.float32(127) / peak))
+    assert np.array_equal(codes[:, :k], want) and not codes[:, k:].any()
+    assert np.array_equal(scale, (peak / np.float32(127))[:, 0]) and np.array_equal(total, want.sum(1))
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", [0, 15, 16, 36])
+def test_non_finite_input_is_refused(isa: str, bad: float, where: int) -> None:
+    x = np.ones((3, 37), np.float32)
+    x[1, where] = bad
+    with pytest.raises(ValueError, match="cannot quantize NaN or infinite"):
+        quantize(isa, x)
+
+
+def test_unknown_instruction_set_names_the_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cpu.VARIABLE, "mmx")
+    with pytest.raises(ValueError, match="DQBART_ISA 'mmx': expected one of .*portable"):
+        cpu.chosen_instruction_set()
+    monkeypatch.setenv(cpu.VARIABLE, "portable")
+    assert cpu.chosen_instruction_set() == "portable"
