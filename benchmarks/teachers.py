@@ -45,7 +45,7 @@ POSITIONS = 256
 TASKS = {
     "demo": Task(False, 160, 5, 6144, 192, 48, {"mask": 4, "infill": 8, "task": 48}, half=True),
     "tatoeba": Task(True, 192, 6, 8192, 64, 64, {"task": 40}, learning_rate=1.2e-3),
-    "arxiv-title": Task(False, 192, 6, 8192, 128, 48, {"task": 40}),
+    "arxiv-title": Task(False, 192, 6, 8192, 128, 48, {"mask": 4, "task": 56}),
 }
 ON_CUDA = {"d_model": 512, "heads": 8, "batch_tokens": 16000, "learning_rate": 5e-4}  # the demo's size is fixed
 
@@ -75,7 +75,8 @@ def load_data(name: str, folder: Path) -> Data:
         split: {code: load_rows(folder / subset, split=split) for code, subset in sets.items()}
         for split in ("train", "validation", "test")
     }
-    return Data(splits["train"], splits["validation"], splits["test"])
+    texts = [row["source"] for row in splits["train"][""]] if name == "arxiv-title" else []
+    return Data(splits["train"], splits["validation"], splits["test"], texts)
 
 
 def train_tokenizer(task: Task, texts: list[str], folder: Path) -> None:
@@ -235,7 +236,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     if not (args.out / "tokenizer.json").exists():
         rows = [row for part in data.train.values() for row in part]
-        train_tokenizer(task, data.texts + [row[key] for row in rows for key in ("source", "target")], args.out)
+        texts = dict.fromkeys(data.texts + [row[key] for row in rows for key in ("source", "target")])
+        train_tokenizer(task, list(texts), args.out)
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     model = build_model(task, len(tokenizer)).to(device)
     parameters = model.num_parameters()

@@ -263,3 +263,44 @@ def test_a_damaged_file_never_reaches_native_code(folders: dict[Any, Path], tmp_
     file.write_bytes(content)
     with pytest.raises(ValueError, match="sha256"):
         load(folder, engine="cpu")
+
+
+def _empty_model() -> cpu.Model:
+    sizes = dict.fromkeys(cpu.Model.SIZES, 1) | {"d": 32, "heads": 2, "vocabulary": 3, "position_offset": 0}
+    return cpu.Model(sizes, embed_scale=1.0, eps=1e-5)
+
+
+@pytest.mark.parametrize("bits, byte", [(2, 0b10), (4, 0b1000), (8, 0x80)])
+def test_codes_that_nobody_writes_are_refused(bits: int, byte: int) -> None:
+    """The most negative code would break the bound that keeps 16-bit sums exact."""
+    planar = np.zeros((3, -(-32 * bits // 256) * 32), np.uint8)
+    scale = np.ones(3, np.float32)
+    _empty_model().set_matrix("shared", bits, (3, 32), planar, scale, None)
+    planar[1, 5] = byte
+    with pytest.raises(ValueError, match="shared: row 1 has a code"):
+        _empty_model().set_matrix("shared", bits, (3, 32), planar, scale, None)
+
+
+def test_the_binding_checks_names_shapes_and_dtypes() -> None:
+    planar, scale = np.zeros((3, 32), np.uint8), np.ones(3, np.float32)
+    model = _empty_model()
+    with pytest.raises(ValueError, match="lm_head: no such matrix"):
+        model.set_matrix("lm_head", 8, (3, 32), planar, scale, None)
+    with pytest.raises(ValueError, match=r"shape \[3, 31\], expected \[3, 32\]"):
+        model.set_matrix("shared", 8, (3, 31), planar, scale, None)
+    with pytest.raises(ValueError, match="64 bytes of codes, expected 96"):
+        model.set_matrix("shared", 8, (3, 32), planar[:2].copy(), scale, None)
+    with pytest.raises(ValueError, match="3 bits, expected 1, 2, 4 or 8"):
+        model.set_matrix("shared", 3, (3, 32), planar, scale, None)
+    with pytest.raises(TypeError, match="expected a contiguous array of float32"):
+        model.set_matrix("shared", 8, (3, 32), planar, scale.astype(np.float64), None)
+    with pytest.raises(TypeError, match="expected shape"):
+        model.set_matrix("shared", 8, (3, 32), planar, scale[:2].copy(), None)
+    with pytest.raises(ValueError, match="31 values, expected 32"):
+        model.set_vector("encoder.layernorm_embedding.weight", np.zeros(31, np.float32))
+    with pytest.raises(ValueError, match="missing"):
+        model.finish()
+    with pytest.raises(ValueError, match="not finished"):
+        model.encode([np.zeros(3, np.int32)], 1)
+    with pytest.raises(ValueError, match="heads must divide the width"):
+        cpu.Model(model.sizes | {"heads": 5}, 1.0, 1e-5)

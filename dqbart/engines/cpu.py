@@ -76,7 +76,7 @@ def open_native(folder: Path, config: dict[str, Any], spec: PackedSpec, skeleton
     Raises `FileNotFoundError` or `ValueError` naming file and tensor, as `dqbart.packed.verify.verify` does.
     """
     found = [shards.read_shard(file) for file in shards.shard_files(folder)]
-    check_files(found, expected_tensors(skeleton, spec), spec, everything=True)
+    check_files(found, expected_tensors(skeleton, spec), spec)
     tensors = shards.merge(found)
     c, before = skeleton.config, skeleton.config.model_type == "mbart"
     rows = {name: tensors[f"model.{name}.embed_positions.weight"].shape[0] for name in ("encoder", "decoder")}

@@ -59,27 +59,35 @@ void Model::expect(const std::string& name, Norm& norm) {
 
 // planar32 (packed/layout.py): bits [b i, b i + b) of byte j of a 32-byte block hold, in two's complement, k = 32 i + j.
 // Four bytes of a plane are one quad of k; a panel block holds 8 / b quads of 16 columns in the same fields.
-static void repack(const uint8_t* row, int k, int bits, uint8_t* panel) {
+// Returns false where a code is the most negative one, which symmetric and ternary codes never use: the kernels' sums
+// are bounded for the others.
+static bool repack(const uint8_t* row, int k, int bits, uint8_t* panel) {
   const int planes = 8 / bits, quads = (k + kPanelRows - 1) / kPanelRows;
   const uint32_t mask = 0x01010101u * ((1u << bits) - 1);
   // Two's complement plus qmax is the offset binary of pack(); one bit: a set bit means -1.
   const uint32_t offset = 0x01010101u * (bits == 4 ? 7 : 1);
+  uint32_t wrong = 0;
   for (int quad = 0; quad < quads; ++quad) {
     const int block = quad / (8 * planes), plane = quad / 8 % planes, byte = quad % 8 * kPanelRows;
     uint32_t word;
     std::memcpy(&word, row + block * 32 + byte, 4);
     if (bits == 8) {
       std::memcpy(panel + static_cast<size_t>(quad) * 64, &word, 4);
+      const uint32_t other = word ^ 0x80808080u;  // a zero byte is a -128
+      wrong |= (other - 0x01010101u) & ~other & 0x80808080u;
       continue;
     }
     word = word >> (bits * plane) & mask;
     word = bits == 1 ? word ^ mask : (word + offset) & mask;  // no carries: fields are less than a byte
+    if (bits == 2) wrong |= word & word >> 1 & 0x01010101u;
+    if (bits == 4) wrong |= (word + 0x01010101u) & 0x10101010u;
     uint32_t fields;
     uint8_t* at = panel + static_cast<size_t>(quad / planes) * 64;
     std::memcpy(&fields, at, 4);
     fields |= word << (bits * (quad % planes));
     std::memcpy(at, &fields, 4);
   }
+  return !wrong;
 }
 
 void Model::set_matrix(const std::string& name, int bits, int n, int k, const uint8_t* planar, const float* scale,
@@ -108,7 +116,9 @@ void Model::set_matrix(const std::string& name, int bits, int n, int k, const ui
   for (int i = 0; i < n; ++i) {
     const int column = part.first + i;
     uint8_t* panel = linear.codes.get() + static_cast<size_t>(column / kColumns) * blocks * 64;
-    repack(planar + i * row_bytes, k, bits, panel + column % kColumns * kPanelRows);
+    if (!repack(planar + i * row_bytes, k, bits, panel + column % kColumns * kPanelRows))
+      throw std::invalid_argument(name + ": row " + std::to_string(i) + " has a code that " + std::to_string(bits) +
+                                  "-bit weights never hold; the file is damaged");
   }
   std::memcpy(linear.scale.data() + part.first, scale, sizeof(float) * n);
   if (bias) std::memcpy(linear.bias.data() + part.first, bias, sizeof(float) * n);
