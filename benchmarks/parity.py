@@ -99,7 +99,7 @@ def main() -> int:
     collate = Collator(tokenizer.pad_token_id)
     batches = [collate([rows[i] for i in range(s, min(s + BATCH, len(rows)))]) for s in range(0, len(rows), BATCH)]
     student = load_student(args.packed.with_name(args.packed.name + ".training") / "best", recipe)
-    found = compare(student, dqbart.load(args.packed), batches, {"max_length": 33, "min_length": 0})
+    found = compare(student, dqbart.load(args.packed, engine="torch"), batches, {"max_length": 33, "min_length": 0})
     for name, value in found.items():
         print(f"{name:24s} {value}")
     wrong = sum(v for k, v in found.items() if k.endswith("_different")) + (found["max_logit_difference"] > TOLERANCE)

@@ -85,6 +85,22 @@ def parser() -> argparse.ArgumentParser:
         verb.add_argument("model")
         verb.set_defaults(run=run)
 
+    verb = verbs.add_parser("bench", help="time the engines of a packed folder side by side on this machine")
+    verb.add_argument("model")
+    verb.add_argument("--against", metavar="MODEL", help="a checkpoint to hold it against, in transformers fp32")
+    verb.add_argument("--source-length", type=int, default=128, help="tokens (128)")
+    verb.add_argument("--new-tokens", type=int, default=32, help="tokens that every engine writes (32)")
+    verb.add_argument("--batch-size", type=int, default=1)
+    verb.add_argument("--beams", type=int, nargs="+", default=[1, 4], help="widths to time (1 4)")
+    verb.add_argument("--threads", type=int, help="as torch would use")
+    verb.add_argument("--rounds", type=int, default=5)
+    verb.set_defaults(run=run_bench)
+
+    verb = verbs.add_parser("report", help="one HTML page, with plots, of packed folders or folders of such")
+    verb.add_argument("folders", nargs="+", metavar="DIR")
+    verb.add_argument("--out", default="report.html", help="the page (report.html); plots go to NAME-plots/ beside it")
+    verb.set_defaults(run=run_report)
+
     verb = verbs.add_parser("doctor", help="versions, engines, and what is missing for the others")
     verb.set_defaults(run=run_doctor)
 
@@ -176,6 +192,24 @@ def run_verify(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def run_bench(args: argparse.Namespace) -> dict[str, Any]:
+    from dqbart.evaluation.bench import bench, lines
+
+    found = bench(
+        args.model, against=args.against, source_length=args.source_length, new_tokens=args.new_tokens,
+        batch_size=args.batch_size, beams=tuple(args.beams), threads=args.threads, rounds=args.rounds,
+    )  # fmt: skip
+    for line in lines(found):
+        print(line)
+    return {"model": args.model} | found
+
+
+def run_report(args: argparse.Namespace) -> dict[str, Any]:
+    from dqbart.evaluation.report import report
+
+    return report(args.folders, args.out)
+
+
 def run_doctor(args: argparse.Namespace) -> dict[str, Any]:
     from dqbart.doctor import examine
 
@@ -208,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or every fork warns
     try:
         args = parser().parse_args(argv)
-        if args.verb not in ("doctor",):
+        if args.verb not in ("doctor", "report"):
             from transformers.utils import logging
 
             logging.set_verbosity_error()

@@ -1,10 +1,18 @@
-"""What a person reads about a packed model: the size table on the terminal and the model card in the folder."""
+"""What a person reads about a packed model: the size table on the terminal and the model card in the folder.
+
+The card is written on every save, so it says nothing that report.json does not know: no licence (the base model's
+counts, and is not ours to guess), no language that nobody gave, no base model that is only a path on somebody's disk.
+Its metadata go through huggingface_hub's own class, so that the hub reads what was meant. `library_name` is dqbart,
+not transformers: the snippet that the hub would show for transformers does not run without `import dqbart`.
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
 MIB = 2**20
+NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum", "bleu": "BLEU",
+         "chrf": "chrF2"}  # fmt: skip
 
 
 def size_lines(report: dict[str, Any]) -> str:
@@ -19,50 +27,170 @@ def size_lines(report: dict[str, Any]) -> str:
     return "\n".join(["size, measured:", *rows, total])
 
 
-def score_line(scores: dict[str, Any], who: str) -> str:
-    result = scores[who]
-    return ", ".join(
-        f"{name} {value:.2f}"
-        + ("" if name not in result["intervals"] else " [{:.2f}, {:.2f}]".format(*result["intervals"][name]))
-        for name, value in result["values"].items()
+def write(folder: Path, report: dict[str, Any], base_model: str | None, called: str) -> None:
+    """README.md of a packed folder that is going to be `called` that. `base_model`: hub id or path, if there is one."""
+    on_hub = base_model if base_model is not None and not Path(base_model).exists() else None
+    name = on_hub or (Path(base_model).name if base_model else report["teacher"]["architecture"])
+    link = f"[{on_hub}](https://huggingface.co/{on_hub})" if on_hub else f"`{name}`"
+    parts = [
+        f"---\n{metadata(report, on_hub, called)}\n---",
+        f"# {name}, {report['recipe']['bits']} bits, {report['recipe']['layers']} layers",
+        f"{link} compressed with dqbart: distillation-aware quantization (DQ-BART, arXiv 2203.11239). Bits are "
+        "weights-embeddings-activations, layers encoder-decoder; 2 bits are ternary.",
+        "```python\n" + snippet(report, called) + "\n```",
+        "## Size\n\n" + _sizes(report),
+        "## Scores\n\n" + _scores(report),
+        "## Speed\n\n" + _speed(report),
+        "## How it was made\n\n" + _recipe(report),
+        "## Limits\n\n" + _limits(report),
+    ]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def metadata(report: dict[str, Any], on_hub: str | None, called: str) -> str:
+    """The card's YAML block, without its dashes."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    recipe, scores, data = report["recipe"], report.get("scores"), report.get("data") or {}
+    codes = [recipe["source_lang"], recipe["target_lang"]]
+    languages = [code.split("_")[0] for code in codes if code] or ([recipe["language"]] if scores else [])
+    if any(codes) or recipe["metric"] == "bleu":
+        task = "translation"
+    else:
+        task = "summarization" if scores else "text2text-generation"
+    results = [
+        EvalResult(
+            task_type=task, dataset_type=data["name"] if data.get("on_hub") else "unknown",
+            dataset_name=data.get("name", "dev set"), dataset_split="dev", metric_name=NAMES[metric],
+            metric_type="rouge" if metric.startswith("rouge") else metric, metric_value=round(value, 2),
+        )
+        for metric, value in (scores["student"]["values"] if scores else {}).items()
+    ]  # fmt: skip
+    card = ModelCardData(
+        base_model=on_hub,
+        base_model_relation="quantized" if on_hub else None,
+        library_name="dqbart",
+        pipeline_tag=task,
+        language=languages or None,
+        datasets=[data["name"]] if data.get("on_hub") else None,
+        metrics=list(dict.fromkeys(r.metric_type for r in results)) or None,
+        tags=["dqbart", "quantized", "distillation"],
+        model_name=called if results else None,
+        eval_results=results or None,
+    )
+    return str(card.to_yaml())
+
+
+def snippet(report: dict[str, Any], called: str) -> str:
+    """Python that loads the folder `called` from beside it and writes one text; runs as it stands."""
+    recipe = report["recipe"]
+    text = json.dumps(f"{recipe['source_prefix']}Put your own text here.", ensure_ascii=False)
+    folder = json.dumps(called, ensure_ascii=False)
+    language = f', src_lang="{recipe["source_lang"]}"' if recipe["source_lang"] else ""
+    lines = [
+        "import dqbart",
+        "from transformers import AutoTokenizer",
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({folder}{language})",
+        f"model = dqbart.load({folder})",
+        f'inputs = tokenizer({text}, truncation=True, max_length={recipe["max_source_length"]}, return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))",
+    ]
+    return "\n".join(lines)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _sizes(report: dict[str, Any]) -> str:
+    sizes, teacher = report["sizes"], report["teacher"]["fp32_bytes"]
+    rows = [[name, f"{count:,}"] for name, count in sizes["groups"].items()]
+    rows += [["**the whole file**", f"{sizes['file_bytes']:,}"], ["teacher in fp32", f"{teacher:,}"]]
+    ratios = f"{sizes['ratio_to_fp32']:.1f} times smaller than the teacher in fp32, {sizes['ratio_to_fp16']:.1f} times"
+    return f"{_table(['measured on disk', 'bytes'], rows)}\n\n{ratios} smaller than in fp16."
+
+
+def _scores(report: dict[str, Any]) -> str:
+    scores = report.get("scores")
+    if not scores:
+        return "None: it was made without a dev set. `dqbart eval` scores it on your data."
+    teacher, student = scores["teacher"], scores["student"]
+    rows = []
+    for name, value in student["values"].items():
+        best = teacher["values"][name]
+        cells = [
+            f"{result['values'][name]:.2f}"
+            + (" [{:.2f}, {:.2f}]".format(*result["intervals"][name]) if name in result["intervals"] else "")
+            for result in (teacher, student)
+        ]
+        rows.append([NAMES.get(name, name), *cells, f"{100 * value / best:.1f} %" if best > 0 else ""])
+    header = [f"{scores['examples']:,} dev examples", "teacher", "this model", "kept"]
+    return (
+        f"{_table(header, rows)}\n\nIn brackets: 95 % intervals, examples resampled. Metric: `{student['definition']}`."
+        f"\n\nBoth were decoded with `{json.dumps(student['generation'])}`."
     )
 
 
-def write(folder: Path, report: dict[str, Any], base_model: str | None, called: str) -> None:
-    """README.md of a packed folder (to be `called` that), with the hub's metadata: base model, relation, tags."""
-    recipe, sizes, scores = report["recipe"], report["sizes"], report.get("scores")
-    on_hub = base_model if base_model is not None and not Path(base_model).exists() else None
-    metadata = ["library_name: transformers", "tags:", "- dqbart", "- quantized", "- distillation"]
-    if on_hub:
-        metadata += [f"base_model: {on_hub}", "base_model_relation: quantized"]
-    name = on_hub or (Path(base_model).name if base_model else report["teacher"]["architecture"])
+def _speed(report: dict[str, Any]) -> str:
+    """A table of report.json's `speed`: `rows` as in benchmarks/latency.py, `environment` of the machine."""
+    speed = report.get("speed")
+    if not speed:
+        why = " On CPU the torch engine computes 8-bit products, whatever the width of the weights."
+        return "Not measured." + (why if report["recipe"]["bits"].endswith("-8") else "")
+    rows = [
+        [f"{row['system']} {row['bits'] or ''}".strip(), row["layers"], row["mode"],
+         *(str(row[key]) for key in ("source", "batch", "threads")),
+         f"{row['median_ms']:.4g}" if row.get("median_ms") is not None else "missing"]
+        for row in speed["rows"]
+    ]  # fmt: skip
+    header = ["system", "layers", "mode", "source tokens", "batch", "threads", "median, ms"]
+    machine = speed["environment"]
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['instructions']}"
+    return f"{_table(header, rows)}\n\nOn {where}, torch {machine['packages']['torch']}."
+
+
+def _recipe(report: dict[str, Any]) -> str:
+    recipe, data = report["recipe"], report.get("data") or {}
+    maps = "; ".join(f"{field.removesuffix('_layers')} {kept}" for field, kept in report["layer_maps"].items())
     lines = [
-        "---", *metadata, "---", "",
-        f"# {name}, {recipe['bits']} bits, {recipe['layers']} layers", "",
-        "Compressed with dqbart: distillation-aware quantization (DQ-BART, arXiv 2203.11239). "
-        f"Bits are weights-embeddings-activations, layers encoder-decoder; numerics `{recipe['numerics']}`.", "",
-        "```python", "import dqbart", "from transformers import AutoTokenizer", "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{called}")',
-        f'model = dqbart.load("{called}")',
-        'ids = model.generate(**tokenizer("...", return_tensors="pt"))',
-        "print(tokenizer.decode(ids[0], skip_special_tokens=True))", "```", "",
-        "| | |", "| --- | --- |",
-        f"| file | {sizes['file_bytes']:,} bytes ({sizes['file_bytes'] / MIB:.1f} MiB) |",
-        f"| teacher in fp32 | {report['teacher']['fp32_bytes']:,} bytes, {sizes['ratio_to_fp32']} x as large |",
-        f"| checked | logits within {report['gate']['max_logit_difference']:.1e} of the student's, greedy ids equal, "
-        "in a fresh process |",
-    ]  # fmt: skip
-    if scores:
-        lines += [f"| teacher, {scores['examples']:,} dev examples | {score_line(scores, 'teacher')} |"]
-        lines += [f"| this model | {score_line(scores, 'student')} |"]
-        result = scores["student"]
-        lines += ["", f"Metric: `{result['definition']}`. Generation: `{json.dumps(result['generation'])}`."]
+        f"Layers copied from the teacher's: {maps}. Numerics `{recipe['numerics']}`, stored as `{recipe['storage']}`."
+    ]
+    if "training" in report["seconds"]:
+        length = f"{recipe['max_steps']} steps" if recipe["max_steps"] else f"{recipe['epochs']:g} epochs"
+        losses = ", ".join(f"{name} {weight:g}" for name, weight in recipe["losses"].items() if weight)
+        lines.append(
+            f"Distilled for {length}, batch {recipe['batch_size']} x {recipe['gradient_accumulation']}, learning rate "
+            f"{recipe['learning_rate']:g}, losses {losses}, seed {recipe['seed']}; "
+            f"{report['seconds']['training'] / 60:.1f} minutes."
+        )
     else:
-        lines += ["", "No scores: it was made without a dev set."]
-    lines += [
-        "", "## Limits", "",
-        "Weights stay packed on disk; on CPU the torch engine expands them to 8 bits in memory. What the teacher gets "
-        "wrong, this model gets wrong too. Measure it on your own data: `dqbart eval`.", "",
-        "The recipe is in `recipe.yaml`, all measurements in `report.json`.", "",
-    ]  # fmt: skip
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+        lines.append("Quantized without training.")
+    if recipe["skip"]:
+        lines.append(f"Left in float: `{', '.join(recipe['skip'])}`.")
+    if data:
+        counts = ", ".join(f"{data[split]:,} for {use}" for split, use in (("train", "training"), ("dev", "scores")) if
+                           data.get(split))  # fmt: skip
+        lines.append(f"Data: `{data['name']}`" + (f" ({counts})." if counts else "."))
+    gate = report["gate"]
+    lines.append(
+        f"Checked in a fresh process: logits within {gate['max_logit_difference']:.1e} of the student's, greedy ids "
+        "equal. The whole recipe is in `recipe.yaml`, all measurements are in `report.json`."
+    )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _limits(report: dict[str, Any]) -> str:
+    bits = report["recipe"]["bits"]
+    weights = int(bits.split("-")[0])
+    lines = [
+        "It makes the teacher's mistakes and some of its own. Measure it on your own data: `dqbart eval`.",
+        "`import dqbart` comes first: without it transformers refuses the file.",
+        "The licence is the base model's; add it to this card's metadata before publishing.",
+    ]
+    if weights < 8:
+        lines.append(f"Weights take {weights} bits on disk; on CPU the torch engine expands them to 8 bits in memory.")
+    if "training" not in report["seconds"] and weights < 3:
+        lines.insert(0, f"At {bits} bits without training it is of no use: compress it again with data.")
+    return "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,125 @@
+"""Do the engines write the same words? Native against torch, on real inputs, over a grid of options.
+
+    python benchmarks/engines.py PACKED --data FILE [--split test] [--inputs 1000] [--settings 4]
+
+The torch engine is the oracle. Both decode the same inputs; a text whose ids differ is listed with the score that the
+torch engine gives to either one, so that a tie (two hypotheses within a rounding) can be told from a mistake. Logits
+are compared teacher-forced on the torch engine's own output. LayerNorm, GELU and softmax round differently in torch
+and in native code; a code at a rounding tie may then fall the other way. Last line: JSON; exit code 1 if a difference
+is not a tie.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+import dqbart
+from dqbart.data.batches import Collator, encode_pairs
+from dqbart.data.columns import hold_out
+from dqbart.data.splits import read_split
+from dqbart.evaluation.generate import effective_generation
+
+TIE = 0.02  # in mean log-probability: what flipped codes can do
+BATCH = 25
+SETTINGS: list[dict[str, Any]] = [
+    {"num_beams": 1},
+    {"num_beams": 4},
+    {"num_beams": 4, "no_repeat_ngram_size": 2, "min_length": 8, "early_stopping": False, "length_penalty": 2.0},
+    {"num_beams": 6, "repetition_penalty": 1.3, "early_stopping": "never", "length_penalty": 0.6},
+]
+
+
+@torch.no_grad()
+def mean_log_probability(model: Any, inputs: dict[str, Any], ids: Any, ends: int) -> float:
+    """Of one sequence of ids, its end included."""
+    length = ids.tolist().index(ends, 1) + 1 if ends in ids[1:] else len(ids)
+    logits = model(**inputs, decoder_input_ids=ids[None, : length - 1]).logits[0].float()
+    return float(logits.log_softmax(-1).gather(1, ids[1:length, None]).mean())
+
+
+def compare(fast: Any, slow: Any, batches: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"inputs": 0, "different": 0, "worse_than_a_tie": 0, "max_logit_difference": 0.0}
+    seconds = [0.0, 0.0]
+    gaps: list[float] = []
+    differences: list[float] = []
+    for number, batch in enumerate(batches):
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        ids = []
+        for i, model in enumerate((fast, slow)):
+            start = time.perf_counter()
+            ids.append(model.generate(**inputs, **settings))
+            seconds[i] += time.perf_counter() - start
+        width = max(part.shape[1] for part in ids)
+        ours, theirs = (
+            torch.nn.functional.pad(p, (0, width - p.shape[1]), value=slow.config.pad_token_id) for p in ids
+        )
+        found["inputs"] += len(ours)
+        for row in (ours != theirs).any(1).nonzero()[:, 0].tolist():
+            length = int(inputs["attention_mask"][row].sum())
+            single = {key: value[row : row + 1, :length] for key, value in inputs.items()}
+            ends = slow.config.eos_token_id
+            scores = [mean_log_probability(slow, single, part[row], ends) for part in (ours, theirs)]
+            gaps.append(abs(scores[0] - scores[1]))
+            for name, score, part in zip(("native", "torch"), scores, (ours, theirs), strict=True):
+                print(f"differs: {name:6s} {score:.4f} {part[row].tolist()}")
+        if settings["num_beams"] == 1:
+            differences += logit_differences(fast, slow, inputs, theirs[:, :-1])
+        print(f"{number + 1}/{len(batches)}", end="\r", file=sys.stderr, flush=True)
+    found["different"], found["worse_than_a_tie"] = len(gaps), sum(gap > TIE for gap in gaps)
+    if differences:
+        found["max_logit_difference"] = max(differences)
+        found["logits_within_1e-3"] = round(float(np.mean(np.array(differences) < 1e-3)), 4)
+    return found | {"torch_seconds_over_native": round(seconds[1] / seconds[0], 2)}
+
+
+@torch.no_grad()
+def logit_differences(fast: Any, slow: Any, inputs: dict[str, Any], decoder: Any) -> list[float]:
+    """The largest difference of each input's logits."""
+    want = slow(**inputs, decoder_input_ids=decoder).logits.numpy()
+    masks = inputs["attention_mask"].bool()
+    sources = [row[mask].numpy().astype(np.int32) for row, mask in zip(inputs["input_ids"], masks, strict=True)]
+    got = fast.native.logits(sources, decoder.numpy().astype(np.int32), fast.threads)
+    return [float(np.abs(a - b).max()) for a, b in zip(got, want, strict=True)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("packed", type=Path)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--inputs", type=int, default=1000)
+    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of the option sets")
+    args = parser.parse_args()
+    logging.disable_progress_bar()
+    recipe = dqbart.Recipe.from_yaml(args.packed / "recipe.yaml")
+    tokenizer = AutoTokenizer.from_pretrained(args.packed)
+    examples = read_split(args.data, recipe, args.split)
+    if len(examples) > args.inputs:
+        examples = hold_out(examples, args.inputs)[1]
+    rows = encode_pairs(
+        tokenizer, examples.sources, max_source_length=recipe.max_source_length, source_prefix=recipe.source_prefix,
+        source_lang=recipe.source_lang, target_lang=recipe.target_lang,
+    )  # fmt: skip
+    collate = Collator(tokenizer.pad_token_id)
+    batches = [collate([rows[i] for i in range(s, min(s + BATCH, len(rows)))]) for s in range(0, len(rows), BATCH)]
+    fast, slow = dqbart.load(args.packed, engine="cpu"), dqbart.load(args.packed, engine="torch")
+    found = []
+    for options in SETTINGS[: args.settings]:
+        whole = effective_generation(slow, options, tokenizer=tokenizer, target_lang=recipe.target_lang)
+        found.append({"options": options} | compare(fast, slow, batches, whole))
+        print(json.dumps(found[-1]), flush=True)
+    wrong = sum(row["worse_than_a_tie"] for row in found)
+    print(json.dumps({"instruction_set": fast.native.instruction_set, "rows": found, "ok": not wrong}))
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""The model card: metadata that the hub reads as meant, numbers with their settings, and a snippet that runs."""
+
+import ast
+import copy
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from test_generate import TEXTS, mbart_tokenizer
+from tiny_models import tiny_seq2seq
+from transformers import MBartTokenizer
+
+import dqbart
+from dqbart.evaluation import card
+from dqbart.pipeline import Result
+
+
+@pytest.fixture(scope="module")
+def scored(teacher_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A tiny BART, distilled for two steps and scored."""
+    recipe = dqbart.Recipe(layers="2-1", max_steps=2, batch_size=8, evaluations=1, dev_subset=2)
+    return dqbart.compress(
+        str(teacher_folder), pairs_file, recipe=recipe, output=tmp_path_factory.mktemp("card") / "it's small"
+    )
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A tiny mBART, quantized without training or data."""
+    folder = tmp_path_factory.mktemp("mbart")
+    tokenizer = mbart_tokenizer(MBartTokenizer)
+    model = tiny_seq2seq("mbart", vocab_size=len(tokenizer))
+    model.generation_config.update(max_length=12, num_beams=2)
+    model.save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    recipe = dqbart.Recipe(bits="8-8-8", epochs=0, source_lang="de_DE", target_lang="en_XX")
+    return dqbart.compress(folder / "teacher", recipe=recipe, output=folder / "small")
+
+
+def written(report: dict[str, Any], folder: Path, base_model: str | None = None, called: str = "small") -> ModelCard:
+    card.write(folder, report, base_model, called)
+    return ModelCard.load(folder / "README.md")
+
+
+def changed(report: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    return copy.deepcopy(report) | parts
+
+
+@pytest.mark.parametrize("which", ["scored", "translator"])
+def test_the_snippet_runs_in_a_fresh_process(which: str, request: pytest.FixtureRequest) -> None:
+    result = request.getfixturevalue(which)
+    code = re.search(r"```python\n(.*?)\n```", (result.folder / "README.md").read_text(), re.S)
+    assert code is not None
+    done = subprocess.run(
+        [sys.executable, "-c", code[1]], cwd=result.folder.parent, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(result.folder)
+    text = next(
+        n.value for n in ast.walk(ast.parse(code[1])) if isinstance(n, ast.Constant) and "own text" in str(n.value)
+    )
+    ids = tokenizer(text, return_tensors="pt")
+    if which == "translator":
+        assert tokenizer.src_lang == "de_DE" and 'src_lang="de_DE"' in code[1]
+    expected = tokenizer.decode(result.load().generate(**ids)[0], skip_special_tokens=True)
+    assert done.stdout.rstrip("\n") == expected
+
+
+def test_metadata_of_a_local_teacher(scored: Result) -> None:
+    data = ModelCard.load(scored.folder / "README.md").data
+    assert data.base_model is None and "base_model_relation" not in data.to_dict() and data.license is None
+    assert data.library_name == "dqbart" and data.pipeline_tag == "summarization" and data.language == ["en"]
+    assert data.model_name == "it's small" and data.metrics == ["rouge"]
+    values = scored.report["scores"]["student"]["values"]
+    assert {r.metric_name: r.metric_value for r in data.eval_results} == {
+        card.NAMES[name]: round(value, 2) for name, value in values.items()
+    }
+    assert {(r.metric_type, r.dataset_type, r.task_type) for r in data.eval_results} == {
+        ("rouge", "unknown", "summarization")
+    }
+
+
+def test_metadata_of_a_hub_teacher_and_data(scored: Result, tmp_path: Path) -> None:
+    data = {"name": "knkarthick/samsum", "on_hub": True, "train": 14732, "dev": 818}
+    found = written(changed(scored.report, data=data), tmp_path, "facebook/bart-base")
+    assert found.data.base_model == "facebook/bart-base"
+    assert found.data.to_dict()["base_model_relation"] == "quantized"
+    assert (
+        found.data.datasets == ["knkarthick/samsum"] and found.data.eval_results[0].dataset_type == "knkarthick/samsum"
+    )
+    assert "14,732 for training, 818 for scores" in found.text
+
+
+def test_without_scores_nothing_is_claimed(translator: Result) -> None:
+    found = ModelCard.load(translator.folder / "README.md")
+    assert found.data.eval_results is None and "model-index" not in found.data.to_dict()
+    assert found.data.pipeline_tag == "translation" and found.data.language == ["de", "en"]
+    assert "without a dev set" in found.text and "Not measured" in found.text and "without training" in found.text
+
+
+def test_an_unscored_bart_has_no_language(scored: Result, tmp_path: Path) -> None:
+    report = copy.deepcopy(scored.report)
+    del report["scores"], report["seconds"]["training"]
+    found = written(report, tmp_path)
+    assert found.data.language is None and found.data.pipeline_tag == "text2text-generation"
+    assert "2-2-8 bits without training it is of no use" in found.text
+
+
+def test_scores_stand_with_settings_and_sizes_with_bytes(scored: Result) -> None:
+    text = (scored.folder / "README.md").read_text()
+    student = scored.report["scores"]["student"]
+    assert student["definition"] in text and json.dumps(student["generation"]) in text
+    low, high = student["intervals"]["rougeL"]
+    assert f"{student['values']['rougeL']:.2f} [{low:.2f}, {high:.2f}]" in text
+    assert f"| **the whole file** | {(scored.folder / 'model.safetensors').stat().st_size:,} |" in text
+    assert "| ROUGE-L |" in text and "seed 28" in text
+
+
+def test_speed_stands_with_its_machine(scored: Result, tmp_path: Path) -> None:
+    row = {"device": "cpu", "shape": "tiny", "layers": "2-1", "system": "dqbart torch", "bits": "2-2-8"}
+    row |= {"mode": "greedy", "source": 128, "batch": 1, "threads": 2, "median_ms": 12.3456}
+    rows = [row, row | {"system": "ctranslate2 int8", "bits": None, "median_ms": None, "error": "not installed"}]
+    environment = scored.report["environment"]
+    text = written(changed(scored.report, speed={"environment": environment, "rows": rows}), tmp_path).text
+    assert "| dqbart torch 2-2-8 | 2-1 | greedy | 128 | 1 | 2 | 12.35 |" in text and "| missing |" in text
+    assert f"On {environment['processor']}, {environment['instructions']}" in text
+
+
+def test_names_cannot_break_the_metadata(scored: Result, tmp_path: Path) -> None:
+    name = 'a: "b"\n---\nlicense: mit # {'
+    found = written(changed(scored.report, data={"name": name}), tmp_path, called=name)
+    assert found.data.license is None and found.data.model_name == name
+    assert found.data.eval_results[0].dataset_name == name
+
+
+@pytest.mark.parametrize("pipe", ["a|b", "||"])
+def test_table_cells_keep_their_pipes(pipe: str) -> None:
+    assert card._table([pipe, "x"], [["1", "2"]]).splitlines()[0].count("|") - pipe.count("|") == 3
+    assert pipe.replace("|", "\\|") in card._table([pipe, "x"], [["1", "2"]])
+
+
+def test_texts_of_the_data_are_not_in_the_card(scored: Result) -> None:
+    text = (scored.folder / "README.md").read_text()
+    assert not any(row["source"] in text for row in scored.report["scores"]["outputs"]) and TEXTS[0] not in text
