@@ -3,12 +3,17 @@
 import importlib.util
 from typing import Any
 
-EXTRAS = {"datasets": "pip install 'dqbart[hub]'", "pyarrow": "pip install 'dqbart[parquet]'"}
+EXTRAS = {
+    "datasets": "pip install 'dqbart[hub]'",
+    "pyarrow": "pip install 'dqbart[parquet]'",
+    "matplotlib": "pip install 'dqbart[report]'",
+}
 
 
 def examine() -> dict[str, Any]:
     """Findings as JSON values, and under `lines` the same for a person."""
     import torch
+    from dqbart_kernels import cpu as native
     from dqbart_kernels.integer_matmul import best_path
 
     from dqbart.engines import ENGINES, cpu
@@ -26,5 +31,5 @@ def examine() -> dict[str, Any]:
         f"GPU: {found['gpu'] or 'none that torch can use'}",
         *(f"not installed: {name} (optional): {command}" for name, command in missing.items()),
     ]
-    engines = [name for name in ENGINES if name != "cpu" or cpu.native.reason() is None]
+    engines = [name for name in ENGINES if name != "cpu" or native.reason() is None]
     return found | {"engines": engines, "cpu_product": path, "missing": missing, "lines": lines}

@@ -21,12 +21,12 @@ pytestmark = pytest.mark.skipif(cpu.reason() is not None, reason=str(cpu.reason(
 LENGTHS = [9, 3, 20, 33, 4]
 
 
-def check_close(found: list[Any], want: list[Any]) -> None:
-    """Equal but for rounding in most texts, and near in all: LayerNorm, GELU and softmax round differently here and in
-    torch, so that now and then an activation at a tie takes the other code, which a tiny model of large weights shows.
+def check_equal(found: list[Any], want: list[Any]) -> None:
+    """To the last bit. What is no single fp32 operation is rounded once from float64 in both engines; one text in a
+    thousand may still meet a tie of that rounding, so one of the five may differ.
     """
-    errors = sorted(np.abs(a - b).max() for a, b in zip(found, want, strict=True))
-    assert errors[len(errors) // 2] < 2e-5 and errors[-1] < 0.1 * np.abs(np.concatenate(want)).max(), errors
+    different = [i for i, (a, b) in enumerate(zip(found, want, strict=True)) if not np.array_equal(a, b)]
+    assert len(different) <= 1 and all(np.abs(a - b).max() < 0.5 for a, b in zip(found, want, strict=True)), different
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def test_hidden_states_and_logits(
     with torch.no_grad():
         hidden = slow.model.encoder(**batch).last_hidden_state.numpy()
         logits = slow(**batch, decoder_input_ids=decoder).logits.numpy()
-    check_close(fast.native.encode(sources, 2), [row[:length] for row, length in zip(hidden, LENGTHS, strict=True)])
-    check_close(list(fast.native.logits(sources, decoder.numpy().astype(np.int32), 2)), list(logits))
+    check_equal(fast.native.encode(sources, 2), [row[:length] for row, length in zip(hidden, LENGTHS, strict=True)])
+    check_equal(list(fast.native.logits(sources, decoder.numpy().astype(np.int32), 2)), list(logits))
 
 
 OPTIONS: list[dict[str, Any]] = [

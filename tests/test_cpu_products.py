@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from dqbart_kernels import cpu
 from dqbart_kernels.cpu.products import Product, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dqbart.quant.quantizers import Quantizer
 
 pytestmark = pytest.mark.skipif(cpu.reason() is not None, reason=str(cpu.reason()))
 SETS = cpu.instruction_sets() if cpu.reason() is None else []
@@ -83,7 +86,7 @@ def test_gelu_is_the_exact_one(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", SETS)
-@pytest.mark.parametrize("k", [1, 7, 16, 33, 768])
+@pytest.mark.parametrize("k", [1, 7, 16, 33, 768, 4001])
 def test_quantization_is_the_contract_s(isa: str, k: int) -> None:
     x = np.random.default_rng(k).standard_normal((5, k)).astype(np.float32)
     x[1] = 0
@@ -93,7 +96,8 @@ def test_quantization_is_the_contract_s(isa: str, k: int) -> None:
     x[4, 1:] = np.round(x[4, 1:] * 10) + 0.5  # ties: half to even
     codes, scale, total = quantize(isa, x)
     peak = np.maximum(np.abs(x).max(1, keepdims=True), np.float32(1e-30))
-    want = np.rint(x * (np.float32(127) / peak))
+    want = np.rint(x * (np.float32(1) / peak * np.float32(127)))
+    assert np.array_equal(want, Quantizer(8).quantize_float(torch.from_numpy(x))[0])
     assert np.array_equal(codes[:, :k], want) and not codes[:, k:].any()
     assert np.array_equal(scale, (peak / np.float32(127))[:, 0]) and np.array_equal(total, want.sum(1))
 

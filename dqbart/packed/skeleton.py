@@ -17,6 +17,7 @@ from dqbart.packed.modules import PACKED, PackedEmbedding, PackedHead, PackedLin
 from dqbart.packed.spec import FLOAT_DTYPES, ModuleSpec, PackedSpec
 from dqbart.quant.attention import quantize_attention
 from dqbart.quant.layers import FakeQuantEmbedding, FakeQuantLinear
+from dqbart.quant.rounding import round_as_before, round_once
 
 FakeQuant = FakeQuantLinear | FakeQuantEmbedding
 
@@ -89,6 +90,8 @@ def swap_modules(model: Any, spec: PackedSpec) -> None:
         setattr(model.get_submodule(parent), leaf, new.train(old.training))
     if spec.activation_bits == 8:
         quantize_attention(model, numerics=spec.numerics, probability_bits=spec.probability_bits)
+        if spec.numerics == "integer":
+            round_once(model)
     for part in model.modules():
         if hasattr(part, "all_tied_weights_keys"):
             part.all_tied_weights_keys = _remaining_ties(part, part.all_tied_weights_keys)
@@ -113,6 +116,7 @@ def restore_modules(model: Any, dtype: torch.dtype) -> Any:
         new.weight = nn.Parameter(weight, requires_grad=False)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
+    round_as_before(model)
     for part in model.modules():
         for name in ("attention_numerics", "resize_token_embeddings", "_tied_weights_keys"):
             part.__dict__.pop(name, None)

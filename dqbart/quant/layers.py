@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from dqbart.quant.attention import quantize_attention, without_autocast
 from dqbart.quant.quantizers import PaperQuantizer, Quantizer
+from dqbart.quant.rounding import round_once
 from dqbart.recipe import Bits
 
 SUPPORTED = ("bart", "mbart", "bert", "roberta", "xlm-roberta", "distilbert", "albert")
@@ -251,4 +252,6 @@ def prepare(
             module.__class__ = FakeQuantEmbedding
     if bits.activations == 8:
         quantize_attention(model, numerics=numerics, probability_bits=probability_bits)
+        if not paper:
+            round_once(model)
     return model

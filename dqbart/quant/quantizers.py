@@ -3,7 +3,7 @@
 There is one definition of each. Training fakes it (codes times scale, straight-through gradient), packing stores it,
 engines multiply it, so a packed model equals its trained student by construction. The schemes:
 
-    8, 4, 3 bits  symmetric  scale = max|x| / qmax, codes = round_half_even(x * (qmax / max|x|))
+    8, 4, 3 bits  symmetric  scale = max|x| / qmax, codes = round_half_even(x * (1 / max|x| * qmax)), rounded each time
     2 bits        ternary    TWN (Li & Liu 2016): t = 0.7 mean|x|; codes = sign(x) where |x| > t;
                              scale = mean of |x| over those
     1 bit         binary     scale = mean|x|, codes = 1 where x >= 0, else -1 (XNOR-Net)
@@ -124,7 +124,7 @@ class PaperQuantizer(Quantizer):
 
 def _symmetric(x: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
     peak = x.abs().amax(-1, keepdim=True).clamp_min_(TINY)
-    return (x * (qmax / peak)).round_(), peak / qmax
+    return (x * (qmax / peak)).round_(), peak / qmax  # torch takes qmax / peak as (1 / peak) * qmax; so do all engines
 
 
 def _mean_magnitude(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@
 namespace dq::avx2 {
 
 struct Simd {
-  static constexpr int kParts = 2, kRows = 6, kChains = 2, kFloats = 8, kOffset8 = 0;
+  static constexpr int kParts = 2, kRows = 6, kChains = 2, kDoubles = 4, kOffset8 = 0;
   template <int bits>
   static constexpr int kPeriod = bits == 1 ? 128 : bits == 2 ? 64 : bits == 4 ? 8 : 1 << 20;
   using Bytes = __m256i;
@@ -50,7 +50,7 @@ struct Simd {
   }
   // Keeps the compiler from collecting all products before the first sum, which spills every accumulator.
   static void pin(Wide& sum) { asm volatile("" : "+x"(sum)); }
-  static __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+  static __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
   static void store(int32_t* p, Wide wide) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), wide); }
 };
 

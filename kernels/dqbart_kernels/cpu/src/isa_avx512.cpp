@@ -6,7 +6,7 @@
 namespace dq::avx512 {
 
 struct Simd {
-  static constexpr int kParts = 1, kRows = 8, kChains = 4, kFloats = 16, kOffset8 = 128;
+  static constexpr int kParts = 1, kRows = 8, kChains = 4, kDoubles = 8, kOffset8 = 128;
   template <int bits>
   static constexpr int kPeriod = 1 << 20;
   using Bytes = __m512i;
@@ -40,7 +40,7 @@ struct Simd {
     return _mm512_add_epi32(wide, sum);
   }
   static void pin(Wide&) {}
-  static __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+  static __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
   static void store(int32_t* p, Wide wide) { _mm512_storeu_si512(p, wide); }
 };
 

@@ -6,7 +6,7 @@
 namespace dq::avxvnni {
 
 struct Simd {
-  static constexpr int kParts = 2, kRows = 5, kChains = 8, kFloats = 8, kOffset8 = 128;
+  static constexpr int kParts = 2, kRows = 5, kChains = 8, kDoubles = 4, kOffset8 = 128;
   template <int bits>
   static constexpr int kPeriod = 1 << 20;
   using Bytes = __m256i;
@@ -40,7 +40,7 @@ struct Simd {
     return _mm256_add_epi32(wide, sum);
   }
   static void pin(Wide& sum) { asm volatile("" : "+x"(sum)); }
-  static __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+  static __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
   static void store(int32_t* p, Wide wide) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), wide); }
 };
 

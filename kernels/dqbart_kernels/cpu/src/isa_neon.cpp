@@ -6,7 +6,7 @@
 namespace dq::neon {
 
 struct Simd {
-  static constexpr int kParts = 4, kRows = 5, kChains = 8, kFloats = 4, kOffset8 = 0;
+  static constexpr int kParts = 4, kRows = 5, kChains = 8, kDoubles = 2, kOffset8 = 0;
   template <int bits>
   static constexpr int kPeriod = 1 << 20;
   using Bytes = uint8x16_t;
@@ -40,7 +40,7 @@ struct Simd {
     return vaddq_s32(wide, sum);
   }
   static void pin(Wide&) {}
-  static float32x4_t fma(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
+  static float64x2_t fma(float64x2_t a, float64x2_t b, float64x2_t c) { return vfmaq_f64(c, a, b); }
   static void store(int32_t* p, Wide wide) { vst1q_s32(p, wide); }
 };
 

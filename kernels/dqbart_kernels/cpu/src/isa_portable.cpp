@@ -4,7 +4,7 @@
 namespace dq::portable {
 
 struct Simd {
-  static constexpr int kParts = 4, kRows = 2, kChains = 1, kFloats = 4, kOffset8 = 0;
+  static constexpr int kParts = 4, kRows = 2, kChains = 1, kDoubles = 2, kOffset8 = 0;
   template <int bits>
   static constexpr int kPeriod = 1 << 20;
   struct Bytes {

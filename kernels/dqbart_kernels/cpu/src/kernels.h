@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 namespace dq {
 
@@ -38,19 +39,19 @@ struct Kernels {
   // y[m, n] for the panels [first, last) of w; y has ldy floats a row. With acc, only its integers: acc[m, n].
   void (*product)(const Packed& w, const Rows& a, int first, int last, float* y, int64_t ldy, const Epilogue& end,
                   int32_t* acc);
-  // codes[m, lda] = round_half_even(x * 127 / max|x|), zero-padded; false where a row is not finite.
+  // codes[m, lda] = round_half_even(x * (1 / max|x| * 127)), zero-padded; false where a row is not finite.
   bool (*quantize)(const float* x, int64_t ldx, int m, int k, int8_t* codes, int64_t lda, float* scale, int32_t* sum);
   // y = (x - mean) / sqrt(var + eps) * weight + bias; x and y may be the same.
   void (*layer_norm)(const float* x, int m, int k, const float* weight, const float* bias, float eps, float* y);
-  // x = softmax(x * scaling) * v_scale, over n keys: what the codes of the values are multiplied by.
-  void (*weigh)(float* x, int n, float scaling, const float* v_scale);
-  // out[m, d] = sum over keys of weights[m, key] * codes[key, d]; d a multiple of 16.
-  void (*mix)(const float* weights, int64_t ldw, int m, const int8_t* codes, int64_t stride, int keys, int d, float* out,
-              int64_t ldo);
+  // weights = softmax(scores * scaling) over n keys: computed in double, rounded to fp32, held as double.
+  void (*weigh)(const float* scores, int n, float scaling, double* weights);
+  // out[m, d] = sum over keys of weights[m, key] * (codes[key, d] * scale[key]); d a multiple of 16.
+  void (*mix)(const double* weights, int64_t ldw, int m, const int8_t* codes, int64_t stride, const float* scale,
+              int keys, int d, float* out, int64_t ldo);
   // Scores and mixture of one query over keys that lie at rows `at` of a cache. Codes of d bytes, d a multiple of 16.
   void (*attend)(const int8_t* q, float q_scale, const int8_t* k, const float* k_scale, const int8_t* v,
                  const float* v_scale, const int32_t* at, int keys, int d, int64_t stride, int64_t scale_stride,
-                 float scaling, float* scores, float* out);
+                 float scaling, float* scores, double* weights, float* out);
   double (*exp_sum)(const float* x, int n, float peak);  // sum of exp(x - peak)
 };
 

@@ -152,6 +152,7 @@ void Passes::attend_source(const float* qkv, int first, int length, int head, fl
   Buffer<int8_t> codes;
   Buffer<uint8_t> panels;
   Buffer<float> floats;
+  Buffer<double> weights;
   Buffer<int32_t> sums;
   int8_t* q = codes.reserve(3 * codes_size + kAlign);
   int8_t *k = q + codes_size, *v = k + codes_size;
@@ -159,6 +160,7 @@ void Passes::attend_source(const float* qkv, int first, int length, int head, fl
   float* q_scale = floats.reserve(3 * length + kScoreRows * (width + bytes));
   float *k_scale = q_scale + length, *v_scale = k_scale + length, *scores = v_scale + length;
   float* mixture = scores + kScoreRows * width;
+  weights.reserve(static_cast<size_t>(kScoreRows) * width);
   int32_t* sum = sums.reserve(length);
   const float* at = qkv + static_cast<int64_t>(first) * 3 * d + head * hd;
   bool finite = kernels.quantize(at + d, 3 * d, length, hd, k, bytes, k_scale, sum);
@@ -167,13 +169,13 @@ void Passes::attend_source(const float* qkv, int first, int length, int head, fl
   if (!finite) for (int i = 0; i < length; ++i) q_scale[i] = NAN;  // seen when the mixture is quantized
   pack_keys(k, length, bytes, panels.reserve(static_cast<size_t>(width) * bytes));
   const Packed keys = {length, bytes, 8, panels.get(), k_scale};
-  const float scaling = 1.0f / std::sqrt(static_cast<float>(hd));
+  const float scaling = static_cast<float>(1.0 / std::sqrt(static_cast<double>(hd)));
   for (int row = 0; row < length; row += kScoreRows) {
     const int rows = std::min(kScoreRows, length - row);
     const Rows queries = {q + static_cast<size_t>(row) * bytes, q_scale + row, sum + row, rows, bytes};
     kernels.product(keys, queries, 0, width / kColumns, scores, width, {}, nullptr);
-    for (int i = 0; i < rows; ++i) kernels.weigh(scores + i * width, length, scaling, v_scale);
-    kernels.mix(scores, width, rows, v, bytes, length, bytes, mixture, bytes);
+    for (int i = 0; i < rows; ++i) kernels.weigh(scores + i * width, length, scaling, weights.get() + i * width);
+    kernels.mix(weights.get(), width, rows, v, bytes, v_scale, length, bytes, mixture, bytes);
     for (int i = 0; i < rows; ++i)
       std::memcpy(out + static_cast<int64_t>(first + row + i) * d + head * hd, mixture + i * bytes, sizeof(float) * hd);
   }
@@ -236,7 +238,8 @@ const Quantized& Passes::decode(const std::vector<Row>& rows, int t, const std::
   }
   firsts.push_back(m);
   const int groups = static_cast<int>(firsts.size()) - 1;
-  scores_.reserve(static_cast<size_t>(m) * c.heads * (2 * round_up(longest_, kColumns) + model.head_bytes()));
+  scores_.reserve(static_cast<size_t>(m) * c.heads * (round_up(longest_, kColumns) + model.head_bytes()));
+  weights_.reserve(static_cast<size_t>(m) * c.heads * round_up(longest_, kColumns));
   embed(model.decoder, tokens.data(), positions_.get(), m, h);
   for (int l = 0; l < c.decoder_layers; ++l) {
     const Layer& layer = model.decoder.layers[l];
@@ -280,11 +283,12 @@ void Passes::attend_self(float* qkv, int layer, int t, int row, int head, const 
   bool finite = model.kernels.quantize(at, hd, 1, hd, q, bytes, &q_scale, &sum);
   finite &= model.kernels.quantize(at + d, hd, 1, hd, k + place * stride, bytes, k_scale + place * heads, &sum);
   finite &= model.kernels.quantize(at + 2 * d, hd, 1, hd, v + place * stride, bytes, v_scale + place * heads, &sum);
-  float* scores = scores_.get() + (static_cast<int64_t>(row) * heads + head) *
-                                      (2 * round_up(longest_, kColumns) + bytes);
-  float* mixture = scores + 2 * round_up(longest_, kColumns);
+  const int width = round_up(longest_, kColumns);
+  const int64_t scratch = static_cast<int64_t>(row) * heads + head;
+  float* scores = scores_.get() + scratch * (width + bytes);
+  float* mixture = scores + width;
   model.kernels.attend(q, finite ? q_scale : NAN, k, k_scale, v, v_scale, history.data(), t + 1, bytes, stride, heads,
-                       1.0f / std::sqrt(static_cast<float>(hd)), scores, mixture);
+                       static_cast<float>(1.0 / std::sqrt(static_cast<double>(hd))), scores, weights_.get() + scratch * width, mixture);
   std::memcpy(mixed_.get() + static_cast<int64_t>(row) * d + head * hd, mixture, sizeof(float) * hd);
 }
 
@@ -298,14 +302,16 @@ void Passes::attend_cross(int layer, int head, int first_row, int rows, const So
   int32_t* sum = query_sum_.get() + at;
   if (!kernels.quantize(qkv_.get() + static_cast<int64_t>(first_row) * d + head * hd, d, rows, hd, q, bytes, q_scale, sum))
     std::fill(q_scale, q_scale + rows, NAN);
-  float* scores = scores_.get() + at * (2 * round_up(longest_, kColumns) + bytes);
+  float* scores = scores_.get() + at * (round_up(longest_, kColumns) + bytes);
   float* mixture = scores + static_cast<int64_t>(rows) * width;
+  double* weights = weights_.get() + at * round_up(longest_, kColumns);
   const Packed keys = {n, bytes, 8, source.k.get() + place * width * bytes, source.k_scale.get() + place * n};
   kernels.product(keys, {q, q_scale, sum, rows, bytes}, 0, width / kColumns, scores, width, {}, nullptr);
   for (int i = 0; i < rows; ++i)
-    kernels.weigh(scores + static_cast<int64_t>(i) * width, n, 1.0f / std::sqrt(static_cast<float>(hd)),
-                  source.v_scale.get() + place * n);
-  kernels.mix(scores, width, rows, source.v.get() + place * n * bytes, bytes, n, bytes, mixture, bytes);
+    kernels.weigh(scores + static_cast<int64_t>(i) * width, n, static_cast<float>(1.0 / std::sqrt(static_cast<double>(hd))),
+                  weights + static_cast<int64_t>(i) * width);
+  kernels.mix(weights, width, rows, source.v.get() + place * n * bytes, bytes, source.v_scale.get() + place * n, n, bytes,
+              mixture, bytes);
   for (int i = 0; i < rows; ++i)
     std::memcpy(mixed_.get() + static_cast<int64_t>(first_row + i) * d + head * hd, mixture + i * bytes,
                 sizeof(float) * hd);

@@ -72,7 +72,8 @@ class Passes {
   std::vector<Buffer<float>> cache_k_scale_, cache_v_scale_;
   Buffer<int8_t> query_;
   Buffer<float> query_scale_, scores_;
-  Buffer<int32_t> query_sum_, places_;
+  Buffer<double> weights_;
+  Buffer<int32_t> query_sum_;
   int longest_ = 0;
 };
 
