@@ -12,6 +12,7 @@ from dqbart.data.columns import Examples
 from dqbart.evaluation.sensitivity import Switch, part_of, sensitivity
 from dqbart.quant.attention import quantize_attention, use_attention
 from dqbart.quant.layers import FakeQuantEmbedding, FakeQuantLinear, prepare, quantizable
+from dqbart.quant.rounding import round_as_before
 from dqbart.recipe import Recipe
 
 SOURCES = sentences(12)
@@ -60,6 +61,9 @@ def test_a_part_turned_on_is_what_prepare_would_make(kind: str, numerics: str, p
     for name in quantize_attention(by_hand, numerics=numerics, probability_bits=8):
         if part_of(name, "layer") != part:
             del by_hand.get_submodule(name).attention_numerics
+    for name, module in by_hand.named_modules():
+        if part_of(name, "layer") != part and not list(module.children()):
+            round_as_before(module)
     loss = {"logits_loss": "mse"} if numerics == "paper" else {}
     switch = Switch(teacher, recipe(numerics=numerics, probability_bits=8, **loss), "layer")
     assert list(switch.parts) == PARTS

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import GELUActivation
 
 
 class RoundedOnceLayerNorm(nn.LayerNorm):
@@ -25,8 +24,8 @@ class RoundedOnceLayerNorm(nn.LayerNorm):
         return F.layer_norm(input.double(), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
-class RoundedOnceGELU(GELUActivation):
-    """transformers' exact GELU; without gradient computed in float64."""
+class RoundedOnceGELU(nn.Module):
+    """transformers' `GELUActivation`, the exact one; without gradient computed in float64."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and input.requires_grad:
@@ -34,17 +33,20 @@ class RoundedOnceGELU(GELUActivation):
         return F.gelu(input.double()).to(input.dtype)
 
 
-_ROUNDED_ONCE: dict[type, type] = {nn.LayerNorm: RoundedOnceLayerNorm, GELUActivation: RoundedOnceGELU}
-
-
 def round_once(model: Any) -> None:
     """Swap the classes of `model`'s LayerNorm and GELU modules in place; parameters and names stay."""
     for module in model.modules():
-        module.__class__ = _ROUNDED_ONCE.get(type(module), type(module))
+        old = type(module)
+        if old is nn.LayerNorm:
+            module.__class__ = RoundedOnceLayerNorm
+        elif (old.__module__, old.__name__) == ("transformers.activations", "GELUActivation"):
+            module.__class__, module.rounded_class = RoundedOnceGELU, old
 
 
 def round_as_before(model: Any) -> None:
     """The inverse of `round_once`."""
-    before = {new: old for old, new in _ROUNDED_ONCE.items()}
     for module in model.modules():
-        module.__class__ = before.get(type(module), type(module))
+        if isinstance(module, RoundedOnceLayerNorm):
+            module.__class__ = nn.LayerNorm
+        elif isinstance(module, RoundedOnceGELU):
+            module.__class__ = module.__dict__.pop("rounded_class")
