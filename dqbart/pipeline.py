@@ -106,6 +106,8 @@ def compress(
         gate = _gate(student.to("cpu"), tokenizer, staged, dev or train, recipe)
     say(f"gate: a fresh process gives logits within {gate['max_logit_difference']:.1e} and the same greedy ids")
     report = _report(model, recipe, maps, staged, gate, seconds)
+    if train is not None or dev is not None:
+        report["data"] = _described(data if data is not None else dev_data, train, dev)
     if dev is not None:
         with _timed(seconds, "scoring"):
             report["scores"] = _scores(model, tokenizer, staged, dev, recipe, device)
@@ -115,6 +117,17 @@ def compress(
     run.finish(staged, report)
     say(card.size_lines(report))
     return Result(output, report)
+
+
+def _described(data: Any, train: Any, dev: Any) -> dict[str, Any]:
+    """What the card says of the data: a bare name, never a path of this machine."""
+    named = isinstance(data, str | Path)
+    return {
+        "name": Path(data).name if named and Path(data).exists() else str(data) if named else type(data).__name__,
+        "on_hub": named and not Path(data).exists(),
+        "train": len(train) if train is not None else 0,
+        "dev": len(dev) if dev is not None else 0,
+    }
 
 
 def _shown(maps: dict[str, list[int]]) -> str:
