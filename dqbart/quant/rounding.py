@@ -46,7 +46,8 @@ def round_once(model: Any) -> None:
 def round_as_before(model: Any) -> None:
     """The inverse of `round_once`."""
     for module in model.modules():
-        if isinstance(module, RoundedOnceLayerNorm):
+        kind: type = type(module)
+        if kind is RoundedOnceLayerNorm:
             module.__class__ = nn.LayerNorm
-        elif isinstance(module, RoundedOnceGELU):
+        elif kind is RoundedOnceGELU:
             module.__class__ = module.__dict__.pop("rounded_class")
