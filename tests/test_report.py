@@ -150,7 +150,7 @@ def test_folders_are_found_once_and_the_smallest_good_one_speaks(values: dict[st
     assert [m.name for m in models] == ["bad", "better", "good"]
     built = build(models)
     assert built.facts[1].value == "97.0 %" and "`good`" in built.lead and "keeps 95 %" in built.lead
-    assert {p.task for p in model_points(models)} == {f"dev set, {values['scores']['examples']} examples"}
+    assert {p.task for p in model_points(models)} == {f"train.jsonl, {values['scores']['examples']} examples"}
     built = build([m for m in models if m.name == "bad"] + [m for m in models if m.name == "bad"])
     assert "keeps most" in built.lead
 
