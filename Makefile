@@ -15,6 +15,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror kernels/dqbart_kernels/cpu/src/*
 
 types: $(STAMP)
 	$(BIN)/mypy

@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("kernels/dqbart_kernels/cpu/src")
-COMMON = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
+COMMON = ["-O3", "-std=c++17", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
 INSTRUCTION_SETS = {
     "x86_64": {
         "isa_avx2": ["-mavx2", "-mfma"],

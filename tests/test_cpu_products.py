@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from dqbart_kernels import cpu
-from dqbart_kernels.cpu.products import Product, quantize
+from dqbart_kernels.cpu.products import Product, pack, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dqbart.packed import layout
 from dqbart.quant.quantizers import Quantizer
 
 pytestmark = pytest.mark.skipif(cpu.reason() is not None, reason=str(cpu.reason()))
@@ -29,7 +30,8 @@ def product(
         ones[: len(codes)] if w_scale is None else w_scale,
         ones[: len(a)] if a_scale is None else a_scale,
     )
-    return Product(isa, codes, bits, w_scale, a, a_scale).run(threads, gelu, integers)
+    planar = layout.pack(torch.from_numpy(codes), bits).numpy()
+    return Product(isa, pack(planar, codes.shape, bits), bits, w_scale, a, a_scale).run(threads, gelu, integers)
 
 
 @pytest.mark.parametrize("isa", SETS)
@@ -110,6 +112,15 @@ def test_non_finite_input_is_refused(isa: str, bad: float, where: int) -> None:
     x[1, where] = bad
     with pytest.raises(ValueError, match="cannot quantize NaN or infinite"):
         quantize(isa, x)
+
+
+@pytest.mark.parametrize("bits, byte", [(2, 0b10), (4, 0b1000), (8, 0x80)])
+def test_the_most_negative_code_is_refused(bits: int, byte: int) -> None:
+    """-2, -8 and -128: no quantizer writes them, and the bounds of the 16-bit sums are those of the others."""
+    planar = np.zeros((3, 32), np.uint8)
+    planar[1, 5] = byte
+    with pytest.raises(ValueError, match="a code that these weights never hold"):
+        pack(planar, (3, 32), bits)
 
 
 def test_unknown_instruction_set_names_the_known(monkeypatch: pytest.MonkeyPatch) -> None:

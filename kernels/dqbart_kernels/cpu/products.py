@@ -9,11 +9,16 @@ from dqbart_kernels.cpu import F32, I8, I32, U8, _check, _load, _pointer
 ALIGN = 64  # bytes that rows of int8 activations are padded to
 
 
-def pack(codes_NK: I8, bits: int) -> U8:
-    """Codes to the panels that the kernels read."""
-    n, k = codes_NK.shape
+def pack(planar: U8, shape: tuple[int, int], bits: int) -> U8:
+    """planar32 bytes [N, row bytes] of a weight [N, K] to the panels that the kernels read."""
+    n, k = shape
+    row_bytes = -(-k * bits // 256) * 32
     out = np.empty(_load().dq_packed_bytes(n, k, bits), np.uint8)
-    _load().dq_pack(_pointer(np.ascontiguousarray(codes_NK), np.int8), n, k, bits, _pointer(out, np.uint8))
+    _check(
+        _load().dq_pack(
+            _pointer(planar, np.uint8, (n, row_bytes)), ctypes.c_int64(row_bytes), n, k, bits, _pointer(out, np.uint8)
+        )
+    )
     return out
 
 
@@ -32,14 +37,19 @@ def quantize(isa: str, x_MK: F32) -> tuple[I8, F32, I32]:
 
 
 class Product:
-    """y [M, N] = codes of activations times packed weights; buffers are kept, so that `run` only multiplies."""
+    """y [M, N] = codes of activations [M, K] times weights; buffers are kept, so that `run` only multiplies.
 
-    def __init__(self, isa: str, codes_NK: I8, bits: int, w_scale_N: F32, a_MK: I8, a_scale_M: F32) -> None:
+    `packed`: what `pack` gives for a weight [N, K]; N is the length of its scales.
+    """
+
+    def __init__(self, isa: str, packed: U8, bits: int, w_scale_N: F32, a_MK: I8, a_scale_M: F32) -> None:
         self.isa, self.bits = isa.encode(), bits
-        self.n, self.k = codes_NK.shape
-        self.m = len(a_MK)
+        self.n = len(w_scale_N)
+        self.m, self.k = a_MK.shape
         self.lda = -(-self.k // ALIGN) * ALIGN
-        self.packed = pack(codes_NK, bits)
+        self.packed = packed
+        if packed.size != _load().dq_packed_bytes(self.n, self.k, bits):
+            raise ValueError(f"{packed.size} packed bytes: not those of a weight {[self.n, self.k]} at {bits} bits")
         self.a = np.zeros((self.m, self.lda), np.int8)
         self.a[:, : self.k] = a_MK
         self.total = self.a.sum(1, dtype=np.int32)

@@ -19,9 +19,7 @@ static int guarded(const Body& body) {
   try {
     body();
     return 0;
-  } catch (const std::bad_alloc&) {
-    last_error = "out of memory";
-  } catch (const std::exception& error) {
+  } catch (const std::bad_alloc&) { last_error = "out of memory"; } catch (const std::exception& error) {
     last_error = error.what();
   }
   return 1;
@@ -79,8 +77,8 @@ DQ_API int dq_set_matrix(Model* model, const char* name, int bits, int n, int k,
   return guarded([&] {
     require(n > 0 && k > 0 && bits > 0 && bits <= 8, std::string(name) + ": empty matrix");
     const int64_t expected = static_cast<int64_t>(n) * ((static_cast<int64_t>(k) * bits + 255) / 256) * 32;
-    require(bytes == expected, std::string(name) + ": " + std::to_string(bytes) + " bytes of codes, expected " +
-                                   std::to_string(expected));
+    require(bytes == expected,
+            std::string(name) + ": " + std::to_string(bytes) + " bytes of codes, expected " + std::to_string(expected));
     model->set_matrix(name, bits, n, k, planar, scale, bias);
   });
 }
@@ -95,9 +93,9 @@ DQ_API int dq_finish(Model* model) {
 
 static void check_tokens(const Model& model, const int32_t* tokens, int64_t count, const char* what) {
   for (int64_t i = 0; i < count; ++i)
-    require(tokens[i] >= 0 && tokens[i] < model.config.vocabulary,
-            std::string(what) + " id " + std::to_string(tokens[i]) + ": expected 0 to " +
-                std::to_string(model.config.vocabulary - 1));
+    require(tokens[i] >= 0 && tokens[i] < model.config.vocabulary, std::string(what) + " id " +
+                                                                       std::to_string(tokens[i]) + ": expected 0 to " +
+                                                                       std::to_string(model.config.vocabulary - 1));
 }
 
 static void check_sources(const Model& model, const int32_t* tokens, const int32_t* starts, int items) {
@@ -160,8 +158,8 @@ DQ_API int dq_generate(const Model* model, int threads, const int32_t* tokens, c
     require(o.num_return_sequences >= 1 && o.num_return_sequences <= (o.num_beams > 1 ? o.num_beams : 1024),
             "num_return_sequences out of range");
     const int room = model->config.decoder_positions - model->config.position_offset;
-    require(o.max_length >= 2 && o.max_length - 1 <= room, "max_length " + std::to_string(o.max_length) +
-                                                               ": expected 2 to " + std::to_string(room + 1));
+    require(o.max_length >= 2 && o.max_length - 1 <= room,
+            "max_length " + std::to_string(o.max_length) + ": expected 2 to " + std::to_string(room + 1));
     check_tokens(*model, &o.start_token, 1, "decoder start");
     for (int32_t token : {o.forced_bos_token, o.forced_eos_token})
       if (token != -1) check_tokens(*model, &token, 1, "forced");
@@ -199,7 +197,14 @@ DQ_API int dq_generate(const Model* model, int threads, const int32_t* tokens, c
 // For tests and benchmarks of the product alone.
 DQ_API int64_t dq_packed_bytes(int n, int k, int bits) { return static_cast<int64_t>(packed_bytes(n, k, bits)); }
 
-DQ_API void dq_pack(const int8_t* codes, int n, int k, int bits, uint8_t* out) { pack(codes, n, k, bits, out); }
+// planar: planar32 bytes of n rows, `row_bytes` each.
+DQ_API int dq_pack(const uint8_t* planar, int64_t row_bytes, int n, int k, int bits, uint8_t* out) {
+  return guarded([&] {
+    std::memset(out, 0, packed_bytes(n, k, bits));
+    for (int i = 0; i < n; ++i)
+      require(put_column(planar + i * row_bytes, i, k, bits, out), "a code that these weights never hold");
+  });
+}
 
 DQ_API int dq_quantize(const char* instruction_set, const float* x, int m, int k, int8_t* codes, int lda, float* scale,
                        int32_t* sum) {

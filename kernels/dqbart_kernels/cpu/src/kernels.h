@@ -4,13 +4,13 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "panels.h"
+
 namespace dq {
 
-constexpr int kColumns = 16;  // output columns of a panel
-constexpr int kPanelRows = 4;  // consecutive k that one 32-bit lane multiplies
 constexpr int kAlign = 64;  // bytes; rows of int8 activations are padded with zeros to it
 
-// A weight matrix [n, k] in panels: 16 columns by 4 k are 64 bytes of codes, packed 8 / bits to the byte (see pack()).
+// A weight matrix [n, k] in panels (panels.h).
 struct Packed {
   int32_t n, k, bits;
   const uint8_t* data;
@@ -56,8 +56,5 @@ struct Kernels {
 };
 
 extern const Kernels kPortable, kAvx2, kAvxVnni, kAvx512, kNeon;
-
-size_t packed_bytes(int n, int k, int bits);
-void pack(const int8_t* codes, int n, int k, int bits, uint8_t* out);
 
 }  // namespace dq

@@ -5,11 +5,6 @@
 
 namespace dq {
 
-static int blocks_of(int k, int bits) {
-  const int per_block = kPanelRows * 8 / bits;
-  return (k + per_block - 1) / per_block;
-}
-
 Model::Model(const Config& c, const Kernels& kernels) : config(c), kernels(kernels) {
   expect("shared", vocabulary, c.vocabulary, c.d);
   if (c.head_bias) expect("final_logits_bias", head_bias, c.vocabulary);
@@ -57,39 +52,6 @@ void Model::expect(const std::string& name, Norm& norm) {
   expect(name + ".bias", norm.bias, config.d);
 }
 
-// planar32 (packed/layout.py): bits [b i, b i + b) of byte j of a 32-byte block hold, in two's complement, k = 32 i + j.
-// Four bytes of a plane are one quad of k; a panel block holds 8 / b quads of 16 columns in the same fields.
-// Returns false where a code is the most negative one, which symmetric and ternary codes never use: the kernels' sums
-// are bounded for the others.
-static bool repack(const uint8_t* row, int k, int bits, uint8_t* panel) {
-  const int planes = 8 / bits, quads = (k + kPanelRows - 1) / kPanelRows;
-  const uint32_t mask = 0x01010101u * ((1u << bits) - 1);
-  // Two's complement plus qmax is the offset binary of pack(); one bit: a set bit means -1.
-  const uint32_t offset = 0x01010101u * (bits == 4 ? 7 : 1);
-  uint32_t wrong = 0;
-  for (int quad = 0; quad < quads; ++quad) {
-    const int block = quad / (8 * planes), plane = quad / 8 % planes, byte = quad % 8 * kPanelRows;
-    uint32_t word;
-    std::memcpy(&word, row + block * 32 + byte, 4);
-    if (bits == 8) {
-      std::memcpy(panel + static_cast<size_t>(quad) * 64, &word, 4);
-      const uint32_t other = word ^ 0x80808080u;  // a zero byte is a -128
-      wrong |= (other - 0x01010101u) & ~other & 0x80808080u;
-      continue;
-    }
-    word = word >> (bits * plane) & mask;
-    word = bits == 1 ? word ^ mask : (word + offset) & mask;  // no carries: fields are less than a byte
-    if (bits == 2) wrong |= word & word >> 1 & 0x01010101u;
-    if (bits == 4) wrong |= (word + 0x01010101u) & 0x10101010u;
-    uint32_t fields;
-    uint8_t* at = panel + static_cast<size_t>(quad / planes) * 64;
-    std::memcpy(&fields, at, 4);
-    fields |= word << (bits * (quad % planes));
-    std::memcpy(at, &fields, 4);
-  }
-  return !wrong;
-}
-
 void Model::set_matrix(const std::string& name, int bits, int n, int k, const uint8_t* planar, const float* scale,
                        const float* bias) {
   const auto found = parts_.find(name);
@@ -101,7 +63,6 @@ void Model::set_matrix(const std::string& name, int bits, int n, int k, const ui
                                 std::to_string(part.n) + ", " + std::to_string(part.k) + "]");
   if (bits != 1 && bits != 2 && bits != 4 && bits != 8)
     throw std::invalid_argument(name + ": " + std::to_string(bits) + " bits, expected 1, 2, 4 or 8");
-  const int blocks = blocks_of(k, bits);
   if (linear.bits == 0) {
     linear.bits = bits;
     const size_t bytes = packed_bytes(linear.n, k, bits);
@@ -114,9 +75,7 @@ void Model::set_matrix(const std::string& name, int bits, int n, int k, const ui
                                 std::to_string(linear.bits));
   const size_t row_bytes = static_cast<size_t>((k * bits + 255) / 256) * 32;
   for (int i = 0; i < n; ++i) {
-    const int column = part.first + i;
-    uint8_t* panel = linear.codes.get() + static_cast<size_t>(column / kColumns) * blocks * 64;
-    if (!repack(planar + i * row_bytes, k, bits, panel + column % kColumns * kPanelRows))
+    if (!put_column(planar + i * row_bytes, part.first + i, k, bits, linear.codes.get()))
       throw std::invalid_argument(name + ": row " + std::to_string(i) + " has a code that " + std::to_string(bits) +
                                   "-bit weights never hold; the file is damaged");
   }
@@ -127,7 +86,8 @@ void Model::set_matrix(const std::string& name, int bits, int n, int k, const ui
 
 void Model::set_vector(const std::string& name, const float* values, int64_t count) {
   const auto found = vectors_.find(name);
-  if (found == vectors_.end()) throw std::invalid_argument(name + ": no such vector in this model, or it was set before");
+  if (found == vectors_.end())
+    throw std::invalid_argument(name + ": no such vector in this model, or it was set before");
   auto& [target, expected] = found->second;
   if (count < 0 || static_cast<size_t>(count) != expected)
     throw std::invalid_argument(name + ": " + std::to_string(count) + " values, expected " + std::to_string(expected));
@@ -141,17 +101,8 @@ void Model::finish() {
 }
 
 void Model::embed(int32_t token, float* x) const {
-  const int bits = vocabulary.bits, planes = 8 / bits, k = vocabulary.k;
-  const uint8_t* at = vocabulary.codes.get() +
-                      static_cast<size_t>(token / kColumns) * blocks_of(k, bits) * 64 + token % kColumns * kPanelRows;
-  const float scale = vocabulary.scale[token];
-  for (int i = 0; i < k; ++i) {
-    const int quad = i / kPanelRows;
-    const uint8_t byte = at[static_cast<size_t>(quad / planes) * 64 + i % kPanelRows];
-    const int field = byte >> (bits * (quad % planes)) & ((1 << bits) - 1);
-    const int code = bits == 8 ? static_cast<int8_t>(byte) : bits == 1 ? 2 * field - 1 : field - (bits == 4 ? 7 : 1);
-    x[i] = static_cast<float>(code) * scale * config.embed_scale;
-  }
+  get_column(vocabulary.codes.get(), token, vocabulary.k, vocabulary.bits, vocabulary.scale[token], config.embed_scale,
+             x);
 }
 
 }  // namespace dq

@@ -1,5 +1,6 @@
 // A model's weights, as Python hands them over once, and the two passes over them.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -90,6 +91,8 @@ class Model {
   std::vector<float> head_bias;
   Stack encoder, decoder;
   int head_d() const { return config.d / config.heads; }
+  // What scores are multiplied by: 1 / sqrt(head width), rounded once.
+  float scaling() const { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_d()))); }
   int head_bytes() const { return (head_d() + 15) / 16 * 16; }
 
  private:

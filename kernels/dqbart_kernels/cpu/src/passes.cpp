@@ -8,9 +8,9 @@
 
 namespace dq {
 
-constexpr int kRowBlock = 256;   // rows of activations that stay in the second cache while panels pass
-constexpr int kScoreRows = 24;   // queries whose scores are held at a time
-constexpr int kSerialRows = 4;   // fewer rows are normalised and quantized faster than threads wake
+constexpr int kRowBlock = 256;  // rows of activations that stay in the second cache while panels pass
+constexpr int kScoreRows = 24;  // queries whose scores are held at a time
+constexpr int kSerialRows = 4;  // fewer rows are normalised and quantized faster than threads wake
 
 static int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
@@ -28,8 +28,8 @@ void Passes::quantize(const float* x, int m, int k, Quantized& out) {
   const int block = m <= kSerialRows ? m : std::max(1, std::min(16, m / pool.threads()));
   pool.run((m + block - 1) / block, [&](int i) {
     const int row = i * block, rows = std::min(block, m - row);
-    if (!model.kernels.quantize(x + static_cast<int64_t>(row) * k, k, rows, k, codes + static_cast<int64_t>(row) * out.lda,
-                                out.lda, scale + row, sum + row))
+    if (!model.kernels.quantize(x + static_cast<int64_t>(row) * k, k, rows, k,
+                                codes + static_cast<int64_t>(row) * out.lda, out.lda, scale + row, sum + row))
       finite = false;
   });
   if (!finite) refuse_overflow();
@@ -166,15 +166,16 @@ void Passes::attend_source(const float* qkv, int first, int length, int head, fl
   bool finite = kernels.quantize(at + d, 3 * d, length, hd, k, bytes, k_scale, sum);
   finite &= kernels.quantize(at + 2 * d, 3 * d, length, hd, v, bytes, v_scale, sum);
   finite &= kernels.quantize(at, 3 * d, length, hd, q, bytes, q_scale, sum);
-  if (!finite) for (int i = 0; i < length; ++i) q_scale[i] = NAN;  // seen when the mixture is quantized
+  if (!finite)
+    for (int i = 0; i < length; ++i) q_scale[i] = NAN;  // seen when the mixture is quantized
   pack_keys(k, length, bytes, panels.reserve(static_cast<size_t>(width) * bytes));
   const Packed keys = {length, bytes, 8, panels.get(), k_scale};
-  const float scaling = static_cast<float>(1.0 / std::sqrt(static_cast<double>(hd)));
   for (int row = 0; row < length; row += kScoreRows) {
     const int rows = std::min(kScoreRows, length - row);
     const Rows queries = {q + static_cast<size_t>(row) * bytes, q_scale + row, sum + row, rows, bytes};
     kernels.product(keys, queries, 0, width / kColumns, scores, width, {}, nullptr);
-    for (int i = 0; i < rows; ++i) kernels.weigh(scores + i * width, length, scaling, weights.get() + i * width);
+    for (int i = 0; i < rows; ++i)
+      kernels.weigh(scores + i * width, length, model.scaling(), weights.get() + i * width);
     kernels.mix(weights.get(), width, rows, v, bytes, v_scale, length, bytes, mixture, bytes);
     for (int i = 0; i < rows; ++i)
       std::memcpy(out + static_cast<int64_t>(first + row + i) * d + head * hd, mixture + i * bytes, sizeof(float) * hd);
@@ -288,7 +289,7 @@ void Passes::attend_self(float* qkv, int layer, int t, int row, int head, const 
   float* scores = scores_.get() + scratch * (width + bytes);
   float* mixture = scores + width;
   model.kernels.attend(q, finite ? q_scale : NAN, k, k_scale, v, v_scale, history.data(), t + 1, bytes, stride, heads,
-                       static_cast<float>(1.0 / std::sqrt(static_cast<double>(hd))), scores, weights_.get() + scratch * width, mixture);
+                       model.scaling(), scores, weights_.get() + scratch * width, mixture);
   std::memcpy(mixed_.get() + static_cast<int64_t>(row) * d + head * hd, mixture, sizeof(float) * hd);
 }
 
@@ -296,11 +297,13 @@ void Passes::attend_cross(int layer, int head, int first_row, int rows, const So
   const Kernels& kernels = model.kernels;
   const int d = model.config.d, hd = model.head_d(), bytes = model.head_bytes(), heads = model.config.heads;
   const int n = source.length, width = round_up(n, kColumns);
-  const size_t place = static_cast<size_t>(layer) * heads + head, at = static_cast<size_t>(first_row) * heads + head * rows;
+  const size_t place = static_cast<size_t>(layer) * heads + head,
+               at = static_cast<size_t>(first_row) * heads + head * rows;
   int8_t* q = query_.get() + at * bytes;
   float* q_scale = query_scale_.get() + at;
   int32_t* sum = query_sum_.get() + at;
-  if (!kernels.quantize(qkv_.get() + static_cast<int64_t>(first_row) * d + head * hd, d, rows, hd, q, bytes, q_scale, sum))
+  if (!kernels.quantize(qkv_.get() + static_cast<int64_t>(first_row) * d + head * hd, d, rows, hd, q, bytes, q_scale,
+                        sum))
     std::fill(q_scale, q_scale + rows, NAN);
   float* scores = scores_.get() + at * (round_up(longest_, kColumns) + bytes);
   float* mixture = scores + static_cast<int64_t>(rows) * width;
@@ -308,10 +311,10 @@ void Passes::attend_cross(int layer, int head, int first_row, int rows, const So
   const Packed keys = {n, bytes, 8, source.k.get() + place * width * bytes, source.k_scale.get() + place * n};
   kernels.product(keys, {q, q_scale, sum, rows, bytes}, 0, width / kColumns, scores, width, {}, nullptr);
   for (int i = 0; i < rows; ++i)
-    kernels.weigh(scores + static_cast<int64_t>(i) * width, n, static_cast<float>(1.0 / std::sqrt(static_cast<double>(hd))),
+    kernels.weigh(scores + static_cast<int64_t>(i) * width, n, model.scaling(),
                   weights + static_cast<int64_t>(i) * width);
-  kernels.mix(weights, width, rows, source.v.get() + place * n * bytes, bytes, source.v_scale.get() + place * n, n, bytes,
-              mixture, bytes);
+  kernels.mix(weights, width, rows, source.v.get() + place * n * bytes, bytes, source.v_scale.get() + place * n, n,
+              bytes, mixture, bytes);
   for (int i = 0; i < rows; ++i)
     std::memcpy(mixed_.get() + static_cast<int64_t>(first_row + i) * d + head * hd, mixture + i * bytes,
                 sizeof(float) * hd);

@@ -23,8 +23,8 @@ struct Quantized {
 // Keys and values of one source in every decoder layer and head.
 struct Source {
   int length = 0;
-  Buffer<uint8_t> k;  // [layers, heads, panels of 16 keys]
-  Buffer<int8_t> v;   // [layers, heads, length, head_bytes]
+  Buffer<uint8_t> k;               // [layers, heads, panels of 16 keys]
+  Buffer<int8_t> v;                // [layers, heads, length, head_bytes]
   Buffer<float> k_scale, v_scale;  // [layers, heads, length]
 };
 
