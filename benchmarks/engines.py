@@ -4,27 +4,20 @@
 
 The torch engine is the oracle. Both decode the same inputs; a text whose ids differ is listed with the score that the
 torch engine gives to either one, so that a tie (two hypotheses within a rounding) can be told from a mistake. Logits
-are compared teacher-forced on the torch engine's own output. LayerNorm, GELU and softmax round differently in torch
-and in native code; a code at a rounding tie may then fall the other way. Last line: JSON; exit code 1 if a difference
-is not a tie.
+are compared teacher-forced on the torch engine's own output. Last line: JSON; exit code 1 if a difference is not a
+tie.
 """
 
-import argparse
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
-from transformers.utils import logging
+from real_inputs import arguments, read_batches
 
 import dqbart
-from dqbart.data.batches import Collator, encode_pairs
-from dqbart.data.columns import hold_out
-from dqbart.data.splits import read_split
 from dqbart.evaluation.generate import effective_generation
 
 TIE = 0.02  # in mean log-probability: what flipped codes can do
@@ -50,8 +43,7 @@ def compare(fast: Any, slow: Any, batches: list[dict[str, Any]], settings: dict[
     seconds = [0.0, 0.0]
     gaps: list[float] = []
     differences: list[float] = []
-    for number, batch in enumerate(batches):
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    for number, inputs in enumerate(batches):
         ids = []
         for i, model in enumerate((fast, slow)):
             start = time.perf_counter()
@@ -91,25 +83,10 @@ def logit_differences(fast: Any, slow: Any, inputs: dict[str, Any], decoder: Any
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("packed", type=Path)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--inputs", type=int, default=1000)
+    parser = arguments(__doc__, inputs=1000)
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of the option sets")
     args = parser.parse_args()
-    logging.disable_progress_bar()
-    recipe = dqbart.Recipe.from_yaml(args.packed / "recipe.yaml")
-    tokenizer = AutoTokenizer.from_pretrained(args.packed)
-    examples = read_split(args.data, recipe, args.split)
-    if len(examples) > args.inputs:
-        examples = hold_out(examples, args.inputs)[1]
-    rows = encode_pairs(
-        tokenizer, examples.sources, max_source_length=recipe.max_source_length, source_prefix=recipe.source_prefix,
-        source_lang=recipe.source_lang, target_lang=recipe.target_lang,
-    )  # fmt: skip
-    collate = Collator(tokenizer.pad_token_id)
-    batches = [collate([rows[i] for i in range(s, min(s + BATCH, len(rows)))]) for s in range(0, len(rows), BATCH)]
+    batches, tokenizer, recipe = read_batches(args, BATCH)
     fast, slow = dqbart.load(args.packed, engine="cpu"), dqbart.load(args.packed, engine="torch")
     found = []
     for options in SETTINGS[: args.settings]:

@@ -7,21 +7,17 @@ logits of both, greedy and beam-4 ids of both; then the packed model against its
 with more padding, and decoded step by step against teacher forcing. Exit code 1 if anything differs. Last line: JSON.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from real_inputs import arguments, read_batches
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers.utils import logging
+from transformers import AutoModelForSeq2SeqLM
 
 import dqbart
-from dqbart.data.batches import Collator, encode_pairs
-from dqbart.data.columns import hold_out
-from dqbart.data.splits import read_split
 from dqbart.packed.checkpoint import round_floats_
 from dqbart.quant.layers import prepare
 
@@ -49,8 +45,7 @@ def compare(student: Any, packed: Any, batches: list[dict[str, Tensor]], setting
     found: dict[str, Any] = {"inputs": 0, "max_logit_difference": 0.0}
     counts = ("greedy_ids", "beam4_ids", "alone", "more_padding", "cached")
     found |= {f"{name}_different": 0 for name in counts}
-    for batch in batches:
-        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    for inputs in batches:
         found["inputs"] += len(inputs["input_ids"])
         for name, beams in (("greedy_ids", 1), ("beam4_ids", 4)):
             ours, theirs = (m.generate(**inputs, **settings | {"num_beams": beams}) for m in (packed, student))
@@ -80,24 +75,9 @@ def _different(a: Tensor, b: Tensor) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("packed", type=Path)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--inputs", type=int, default=200)
+    parser = arguments(__doc__, inputs=200)
     args = parser.parse_args()
-    logging.disable_progress_bar()
-    recipe = dqbart.Recipe.from_yaml(args.packed / "recipe.yaml")
-    tokenizer = AutoTokenizer.from_pretrained(args.packed)
-    examples = read_split(args.data, recipe, args.split)
-    if len(examples) > args.inputs:
-        examples = hold_out(examples, args.inputs)[1]
-    rows = encode_pairs(
-        tokenizer, examples.sources, max_source_length=recipe.max_source_length, source_prefix=recipe.source_prefix,
-        source_lang=recipe.source_lang, target_lang=recipe.target_lang,
-    )  # fmt: skip
-    collate = Collator(tokenizer.pad_token_id)
-    batches = [collate([rows[i] for i in range(s, min(s + BATCH, len(rows)))]) for s in range(0, len(rows), BATCH)]
+    batches, _, recipe = read_batches(args, BATCH)
     student = load_student(args.packed.with_name(args.packed.name + ".training") / "best", recipe)
     found = compare(student, dqbart.load(args.packed, engine="torch"), batches, {"max_length": 33, "min_length": 0})
     for name, value in found.items():

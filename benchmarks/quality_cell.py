@@ -31,7 +31,7 @@ from dqbart.data.columns import hold_out
 from dqbart.data.files import load_rows
 from dqbart.data.splits import read_split
 from dqbart.evaluation import metrics
-from dqbart.evaluation.sensitivity import write_outputs
+from dqbart.evaluation.generate import write_outputs
 from dqbart.recipe import Recipe
 from dqbart.teacher import choose_device, load_teacher
 

@@ -173,25 +173,18 @@ def _distil(
     from dqbart.data.pseudo import write_targets
     from dqbart.distill import trainer
     from dqbart.distill.objective import Objective
-    from dqbart.evaluation.generate import effective_generation, generate_texts
+    from dqbart.evaluation.generate import write_outputs
     from dqbart.evaluation.metrics import score
 
     state = PartialState(cpu=device == "cpu")
     languages: dict[str, Any] = {"source_lang": recipe.source_lang, "target_lang": recipe.target_lang}
-    settings = effective_generation(
-        teacher, recipe.generation, tokenizer=tokenizer, target_lang=recipe.target_lang,
-        max_target_length=recipe.max_target_length,
-    )  # fmt: skip
-    decoding: dict[str, Any] = {
-        "batch_size": recipe.eval_batch_size, "max_source_length": recipe.max_source_length,
-        "source_prefix": recipe.source_prefix, **languages,
-    }  # fmt: skip
     targets = train.targets
     if targets is None:
         with state.main_process_first():
             targets = write_targets(
                 teacher, tokenizer, train.sources, cache_dir=run.work / "targets", generation=recipe.generation,
-                max_target_length=recipe.max_target_length, **decoding,
+                max_target_length=recipe.max_target_length, batch_size=recipe.eval_batch_size,
+                max_source_length=recipe.max_source_length, source_prefix=recipe.source_prefix, **languages,
             )  # fmt: skip
     pairs = encode_pairs(
         tokenizer, train.sources, targets, max_source_length=recipe.max_source_length,
@@ -202,7 +195,7 @@ def _distil(
 
     def dev_score(model: Any) -> dict[str, float]:
         assert subset is not None
-        written = generate_texts(model, tokenizer, subset.sources, generation=settings, **decoding)
+        written, _ = write_outputs(model, tokenizer, subset.sources, recipe)
         return score(recipe.metric, written, subset.references or subset.targets, language=recipe.language).values
 
     arguments = trainer.training_arguments(recipe, run.work, len(pairs), device)
@@ -248,19 +241,14 @@ def _gate(student: Any, tokenizer: Any, staged: Path, examples: Any, recipe: Rec
 def _scores(teacher: Any, tokenizer: Any, staged: Path, dev: Any, recipe: Recipe, device: str | None) -> dict[str, Any]:
     """Teacher and packed model on the whole dev set, decoded with the same settings."""
     from dqbart.engines import load
-    from dqbart.evaluation.generate import effective_generation, generate_texts
+    from dqbart.evaluation.generate import write_outputs
     from dqbart.evaluation.metrics import score
 
     scores: dict[str, Any] = {"examples": len(dev)}
-    packed = load(staged, device=teacher.device)
-    settings = effective_generation(packed, tokenizer=tokenizer, target_lang=recipe.target_lang)
+    packed, settings = load(staged, device=teacher.device), None
     for name, model in (("teacher", teacher.eval()), ("student", packed)):
         say(f"{name} writes {len(dev):,} dev outputs")
-        written = generate_texts(
-            model, tokenizer, dev.sources, generation=settings, batch_size=recipe.eval_batch_size,
-            max_source_length=recipe.max_source_length, source_prefix=recipe.source_prefix,
-            source_lang=recipe.source_lang, target_lang=recipe.target_lang,
-        )  # fmt: skip
+        written, settings = write_outputs(model, tokenizer, dev.sources, recipe, generation=settings)
         result = score(
             recipe.metric, written, dev.references or dev.targets, language=recipe.language, generation=settings
         )

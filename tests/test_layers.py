@@ -7,26 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ENCODERS, SEQ2SEQ, tiny_encoder, tiny_seq2seq, token_batch
-from torch import Tensor, nn
+from tiny_models import inputs_for, tiny_seq2seq
+from torch import nn
 from torch.nn import functional as F
 
 from dqbart.quant.layers import FakeQuantEmbedding, FakeQuantLinear, QuantizedWeight, prepare
 from dqbart.quant.quantizers import Quantizer
 
-FAMILIES = SEQ2SEQ + ENCODERS
 BITS = (1, 2, 3, 4, 8)
-
-
-def tiny(kind: str) -> Any:
-    return tiny_seq2seq(kind) if kind in SEQ2SEQ else tiny_encoder(kind)
-
-
-def inputs_for(kind: str, lengths: tuple[int, ...] = (9, 5)) -> dict[str, Tensor]:
-    batch = token_batch(list(lengths))
-    if kind in SEQ2SEQ:
-        batch["decoder_input_ids"] = token_batch([6] * len(lengths), seed=1)["input_ids"]
-    return batch
 
 
 def linear(bits: int, in_features: int = 40, out_features: int = 24, bias: bool = True, seed: int = 0) -> Any:

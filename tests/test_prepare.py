@@ -5,31 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ENCODERS, SEQ2SEQ, tiny_encoder, tiny_seq2seq, token_batch
-from torch import Tensor, nn
+from tiny_models import FAMILIES, SEQ2SEQ, inputs_for, tiny, tiny_encoder, tiny_seq2seq
+from torch import nn
 from torch.nn import functional as F
 
 from dqbart.quant.layers import FakeQuantEmbedding, FakeQuantLinear, prepare, quantizable
 from dqbart.quant.quantizers import Quantizer
 from dqbart.recipe import Bits
 
-FAMILIES = SEQ2SEQ + ENCODERS
 # linear layers inside one encoder or decoder layer, and modules that hold the vocabulary matrix
 COUNTS = {
     "bart": (3 * 6 + 2 * 10, 4), "mbart": (3 * 6 + 2 * 10, 4), "bert": (3 * 6, 2), "roberta": (3 * 6, 2),
     "xlm-roberta": (3 * 6, 2), "distilbert": (3 * 6, 2), "albert": (6 + 1, 2),
 }  # fmt: skip
-
-
-def tiny(kind: str) -> Any:
-    return tiny_seq2seq(kind) if kind in SEQ2SEQ else tiny_encoder(kind)
-
-
-def inputs_for(kind: str, lengths: tuple[int, ...] = (9, 5)) -> dict[str, Tensor]:
-    batch = token_batch(list(lengths))
-    if kind in SEQ2SEQ:
-        batch["decoder_input_ids"] = token_batch([6] * len(lengths), seed=1)["input_ids"]
-    return batch
 
 
 @pytest.mark.parametrize("numerics", ["integer", "paper"])

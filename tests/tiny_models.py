@@ -58,6 +58,11 @@ def tiny_encoder(kind: str, seed: int = 0) -> Any:
 
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "albert")
 SEQ2SEQ = ("bart", "mbart")
+FAMILIES = SEQ2SEQ + ENCODERS
+
+
+def tiny(kind: str) -> Any:
+    return tiny_seq2seq(kind) if kind in SEQ2SEQ else tiny_encoder(kind)
 
 
 def token_batch(lengths: list[int], seed: int = 0, vocabulary: int = 120, pad: int = 1) -> dict[str, torch.Tensor]:
@@ -68,3 +73,11 @@ def token_batch(lengths: list[int], seed: int = 0, vocabulary: int = 120, pad: i
         ids[row, :length] = torch.randint(4, vocabulary, (length,), generator=generator)
         ids[row, 0], ids[row, length - 1] = 0, 2
     return {"input_ids": ids, "attention_mask": (ids != pad).long()}
+
+
+def inputs_for(kind: str, lengths: tuple[int, ...] = (9, 5)) -> dict[str, torch.Tensor]:
+    """`token_batch`, and decoder_input_ids where the model has a decoder."""
+    batch = token_batch(list(lengths))
+    if kind in SEQ2SEQ:
+        batch["decoder_input_ids"] = token_batch([6] * len(lengths), seed=1)["input_ids"]
+    return batch

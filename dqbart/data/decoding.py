@@ -12,16 +12,19 @@ from dqbart.data.batches import Collator, encode_pairs, language_codes, progress
 
 Settings = dict[str, Any]
 
-# Generation settings that do not decide which words are written.
-_TECHNICAL = frozenset(
-    "use_cache cache_implementation cache_config max_cache_len return_legacy_cache compile_config "
-    "disable_compile num_beam_groups diversity_penalty "
-    "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate "
-    "num_return_sequences is_assistant num_assistant_tokens num_assistant_tokens_schedule "
+# Generation settings that say how to compute, and nothing of the result.
+IMPLEMENTATION_SETTINGS = frozenset(
+    "use_cache cache_implementation cache_config max_cache_len return_legacy_cache compile_config disable_compile "
+    "num_beam_groups diversity_penalty is_assistant num_assistant_tokens num_assistant_tokens_schedule "
     "assistant_confidence_threshold assistant_lookbehind assistant_early_exit target_lookbehind "
     "transformers_version prefill_chunk_size".split()
 )
-_SAMPLING = frozenset("temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff".split())
+SAMPLING_SETTINGS = frozenset("temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff".split())
+# Not recorded: none of them decides which words are written.
+_TECHNICAL = IMPLEMENTATION_SETTINGS | frozenset(
+    "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate "
+    "num_return_sequences".split()
+)
 _BEAM_ONLY = {"length_penalty": 1.0, "early_stopping": False}
 _REFUSED = {"num_return_sequences": 1, "return_dict_in_generate": False, "output_scores": False}
 
@@ -68,10 +71,10 @@ def effective_generation(
     if settings.get("max_new_tokens") is not None and "max_length" not in saved | overrides:
         del settings["max_length"]
     if settings.get("do_sample") is not True:
-        useless = _SAMPLING & overrides.keys()
+        useless = SAMPLING_SETTINGS & overrides.keys()
         if useless:
             raise ValueError(f"generation setting {min(useless)}: no effect unless do_sample is true; leave it out")
-        settings = {k: v for k, v in settings.items() if k not in _SAMPLING}
+        settings = {k: v for k, v in settings.items() if k not in SAMPLING_SETTINGS}
     if settings["num_beams"] == 1:
         settings |= _BEAM_ONLY
     settings = {k: v for k, v in settings.items() if k not in _TECHNICAL or k in overrides}

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from dqbart_kernels import cpu as native
 
+from dqbart.data.decoding import IMPLEMENTATION_SETTINGS, SAMPLING_SETTINGS
 from dqbart.packed import shards
 from dqbart.packed.layout import FIELD_BITS, as_bytes, as_words, pack, unpack_trits
 from dqbart.packed.skeleton import expected_tensors
@@ -36,13 +37,10 @@ _RENAMED = {
     "begin_suppress_tokens": "begin_suppress",
 }  # fmt: skip
 # Settings that choose no token.
-_HARMLESS = frozenset(
-    "use_cache cache_implementation cache_config max_cache_len return_legacy_cache compile_config disable_compile "
-    "bos_token_id pad_token_id eos_token_id decoder_start_token_id transformers_version prefill_chunk_size "
-    "max_new_tokens is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold "
-    "assistant_lookbehind assistant_early_exit target_lookbehind num_beam_groups diversity_penalty".split()
+# Known too, or of no effect here.
+_OTHERS = IMPLEMENTATION_SETTINGS | frozenset(
+    "max_new_tokens bos_token_id pad_token_id eos_token_id decoder_start_token_id".split()
 )
-_SAMPLING = frozenset("temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff".split())
 
 
 def why_not(config: dict[str, Any], spec: PackedSpec) -> str | None:
@@ -227,7 +225,7 @@ class CpuModel:
         if isinstance(settings.forced_eos_token_id, list):
             return "several forced_eos_token_id"
         defaults = type(settings)._get_default_generation_params()
-        known = {*_SAME, *_RENAMED} | _HARMLESS | (set() if settings.do_sample else _SAMPLING)
+        known = {*_SAME, *_RENAMED} | _OTHERS | (set() if settings.do_sample else SAMPLING_SETTINGS)
         for name, value in settings.to_dict().items():
             if name not in known and not name.startswith("_") and value not in (None, defaults.get(name), False):
                 return f"the setting {name!r}"
@@ -245,7 +243,7 @@ class CpuModel:
         if options.get("do_sample"):
             options["seed"] = int(torch.randint(2**62, ())) if seed is None else seed
         else:
-            options = {name: value for name, value in options.items() if name not in _SAMPLING}
+            options = {name: value for name, value in options.items() if name not in SAMPLING_SETTINGS}
         sources = [row[keep].to(torch.int32).numpy() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
         on_token: Callable[[int, int], bool] | None = None
         if streamer is not None:

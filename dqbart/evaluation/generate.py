@@ -1,7 +1,7 @@
 """Decode a test set with a model, the way its scores will say it was decoded.
 
-`effective_generation` says first what will be done, `generate_texts` does it. Seq2SeqTrainer's
-`predict` was rejected: it takes settings from three places and records none of them, and pads all
+`effective_generation` says first what will be done, `generate_texts` does it, and `write_outputs` is both for a recipe.
+Seq2SeqTrainer's `predict` was rejected: it takes settings from three places and records none of them, and pads all
 outputs to one width.
 """
 
@@ -9,8 +9,35 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dqbart.data.decoding import check_texts, decode_batches, effective_generation
+from dqbart.recipe import Recipe
 
-__all__ = ["effective_generation", "generate_texts"]
+__all__ = ["effective_generation", "generate_texts", "write_outputs"]
+
+
+def write_outputs(
+    model: Any,
+    tokenizer: Any,
+    sources: Sequence[str],
+    recipe: Recipe,
+    *,
+    generation: Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> tuple[list[str], dict[str, Any]]:
+    """One text per source, as a recipe says, and the settings in force.
+
+    `generation` and `batch_size` stand for the recipe's. Raises as `effective_generation` and `generate_texts` do.
+    """
+    settings = effective_generation(
+        model, recipe.generation if generation is None else generation, tokenizer=tokenizer,
+        target_lang=recipe.target_lang, max_target_length=recipe.max_target_length,
+    )  # fmt: skip
+    texts = generate_texts(
+        model, tokenizer, sources, batch_size=batch_size or recipe.eval_batch_size, generation=settings,
+        max_source_length=recipe.max_source_length, source_prefix=recipe.source_prefix,
+        source_lang=recipe.source_lang, target_lang=recipe.target_lang, progress=progress,
+    )  # fmt: skip
+    return texts, settings
 
 
 def generate_texts(

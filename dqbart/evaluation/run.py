@@ -10,7 +10,7 @@ from typing import Any
 
 from dqbart.data.columns import hold_out
 from dqbart.data.splits import read_split
-from dqbart.evaluation.generate import effective_generation, generate_texts
+from dqbart.evaluation.generate import write_outputs
 from dqbart.evaluation.metrics import Score, score
 from dqbart.recipe import Recipe
 from dqbart.teacher import load_teacher
@@ -55,8 +55,9 @@ def evaluate(
         raise ValueError(f"data {data!r}: no target column to score against; give --target-column")
     if limit is not None and limit < len(examples):
         examples = hold_out(examples, limit)[1]
-    settings = _settings(model, tokenizer, recipe, generation)
-    written = _write(model, tokenizer, recipe, examples.sources, settings, batch_size)
+    written, settings = write_outputs(
+        model, tokenizer, examples.sources, recipe, generation=generation, batch_size=batch_size
+    )
     references: Any = examples.references or examples.targets
     result = score(metric or recipe.metric, written, references, language=recipe.language, generation=settings)
     rows = [
@@ -71,23 +72,4 @@ def write_texts(
 ) -> list[str]:
     """One output per text, with the folder's own settings under `generation`."""
     model, tokenizer, recipe = open_model(folder, device)
-    settings = _settings(model, tokenizer, recipe, generation)
-    return _write(model, tokenizer, recipe, texts, settings, batch_size=32)
-
-
-def _settings(model: Any, tokenizer: Any, recipe: Recipe, generation: dict[str, Any] | None) -> dict[str, Any]:
-    return effective_generation(
-        model, generation, tokenizer=tokenizer, target_lang=recipe.target_lang,
-        max_target_length=min(recipe.max_target_length, model.config.max_position_embeddings - 1),
-    )  # fmt: skip
-
-
-def _write(
-    model: Any, tokenizer: Any, recipe: Recipe, sources: list[str], settings: dict[str, Any], batch_size: int
-) -> list[str]:
-    return generate_texts(
-        model, tokenizer, sources, batch_size=batch_size,
-        max_source_length=min(recipe.max_source_length, model.config.max_position_embeddings),
-        generation=settings, source_prefix=recipe.source_prefix, source_lang=recipe.source_lang,
-        target_lang=recipe.target_lang,
-    )  # fmt: skip
+    return write_outputs(model, tokenizer, texts, recipe, generation=generation)[0]

@@ -9,7 +9,6 @@ in the recipe. Rejected: a copy of the model per part, which computes the float 
 
 import copy
 import re
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 
 from dqbart.data.batches import Collator, encode_pairs, progress_bar
 from dqbart.data.columns import Examples, hold_out
-from dqbart.evaluation.generate import effective_generation, generate_texts
+from dqbart.evaluation.generate import write_outputs
 from dqbart.evaluation.metrics import score
 from dqbart.quant.attention import use_attention
 from dqbart.quant.layers import prepare
@@ -126,19 +125,3 @@ def _forced(switch: Switch, tokenizer: Any, examples: Examples, recipe: Recipe) 
             tokens += int(real_BT.sum())
             bar.update(len(labels_BT))
     return {part: {name: value / tokens for name, value in sum_.items()} for part, sum_ in sums.items()}
-
-
-def write_outputs(
-    model: Any, tokenizer: Any, sources: Sequence[str], recipe: Recipe, *, progress: bool = True
-) -> tuple[list[str], dict[str, Any]]:
-    """What `model` writes as a resolved recipe says, and the settings in force. Raises as `generate_texts` does."""
-    settings = effective_generation(
-        model, recipe.generation, tokenizer=tokenizer, target_lang=recipe.target_lang,
-        max_target_length=recipe.max_target_length,
-    )  # fmt: skip
-    texts = generate_texts(
-        model, tokenizer, sources, batch_size=recipe.eval_batch_size, max_source_length=recipe.max_source_length,
-        generation=settings, source_prefix=recipe.source_prefix, source_lang=recipe.source_lang,
-        target_lang=recipe.target_lang, progress=progress,
-    )  # fmt: skip
-    return texts, settings

@@ -10,7 +10,9 @@ namespace dq::avx2 {
 #include "avx256.inc"
 
 struct Simd : Avx256 {
-  static constexpr int kRows = 6, kChains = 2, kOffset8 = 0;
+  static constexpr int kChains = 2, kOffset8 = 0;
+  template <int bits>
+  static constexpr int kRows = bits == 8 ? 4 : 6;  // sums, weights and a quad fill the 16 registers
   template <int bits>
   static constexpr int kPeriod = bits == 1   ? 128
                                  : bits == 2 ? 64
@@ -25,13 +27,17 @@ struct Simd : Avx256 {
   static Weight<bits> prepare(Bytes code) {
     return {code, bits == 8 ? _mm256_abs_epi8(code) : code};
   }
+  // Written out: GCC would collect all products before the first sum, which spills, or copy every sum before adding.
   template <int bits>
   static __m256i dot(__m256i acc, Weight<bits> w, Quad a) {
-    if constexpr (bits == 8) {
-      const __m256i pairs = _mm256_maddubs_epi16(w.size, _mm256_sign_epi8(a, w.code));
-      return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-    }
-    return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w.code, a));
+    __m256i product;
+    if constexpr (bits == 8)
+      asm("vpsignb %3, %4, %1\n\tvpmaddubsw %1, %2, %1\n\tvpmaddwd %5, %1, %1\n\tvpaddd %1, %0, %0"
+          : "+x"(acc), "=&x"(product)
+          : "x"(w.size), "x"(w.code), "x"(a), "x"(_mm256_set1_epi16(1)));
+    else
+      asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(w.code), "x"(a));
+    return acc;
   }
   template <int bits>
   static Wide widen(Wide wide, __m256i narrow) {

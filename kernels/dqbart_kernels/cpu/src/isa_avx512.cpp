@@ -6,7 +6,9 @@
 namespace dq::avx512 {
 
 struct Simd {
-  static constexpr int kParts = 1, kRows = 8, kChains = 4, kDoubles = 8, kOffset8 = 128;
+  static constexpr int kParts = 1, kChains = 4, kDoubles = 8, kOffset8 = 128;
+  template <int bits>
+  static constexpr int kRows = 8;
   template <int bits>
   static constexpr int kPeriod = 1 << 20;
   using Bytes = __m512i;
@@ -39,7 +41,16 @@ struct Simd {
   static Wide widen(Wide wide, Wide sum) {
     return _mm512_add_epi32(wide, sum);
   }
-  static void pin(Wide&) {}
+  static __m512d to_doubles(__m256 x) { return _mm512_cvtps_pd(x); }
+  static __m256 to_floats(__m512d x) { return _mm512_cvtpd_ps(x); }
+  static __m256 codes(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static __m512i round(__m512 x, int8_t* to) {
+    const __m512i integers = _mm512_cvtps_epi32(x);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(integers));
+    return integers;
+  }
   static __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
   static void store(int32_t* p, Wide wide) { _mm512_storeu_si512(p, wide); }
 };

@@ -8,7 +8,9 @@ namespace dq::avxvnni {
 #include "avx256.inc"
 
 struct Simd : Avx256 {
-  static constexpr int kRows = 5, kChains = 8, kOffset8 = 128;
+  static constexpr int kChains = 8, kOffset8 = 128;
+  template <int bits>
+  static constexpr int kRows = 5;
   template <int bits>
   static constexpr int kPeriod = 1 << 20;
   template <int bits>

@@ -6,7 +6,9 @@
 namespace dq::neon {
 
 struct Simd {
-  static constexpr int kParts = 4, kRows = 5, kChains = 8, kDoubles = 2, kOffset8 = 0;
+  static constexpr int kParts = 4, kChains = 8, kDoubles = 2, kOffset8 = 0;
+  template <int bits>
+  static constexpr int kRows = 5;
   template <int bits>
   static constexpr int kPeriod = 1 << 20;
   using Bytes = uint8x16_t;
@@ -39,7 +41,7 @@ struct Simd {
   static Wide widen(Wide wide, Wide sum) {
     return vaddq_s32(wide, sum);
   }
-  static void pin(Wide&) {}
+#include "pairs.inc"
   static float64x2_t fma(float64x2_t a, float64x2_t b, float64x2_t c) { return vfmaq_f64(c, a, b); }
   static void store(int32_t* p, Wide wide) { vst1q_s32(p, wide); }
 };

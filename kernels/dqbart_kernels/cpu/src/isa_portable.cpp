@@ -4,7 +4,9 @@
 namespace dq::portable {
 
 struct Simd {
-  static constexpr int kParts = 4, kRows = 2, kChains = 1, kDoubles = 2, kOffset8 = 0;
+  static constexpr int kParts = 4, kChains = 1, kDoubles = 2, kOffset8 = 0;
+  template <int bits>
+  static constexpr int kRows = 2;
   template <int bits>
   static constexpr int kPeriod = 1 << 20;
   struct Bytes {
@@ -46,7 +48,7 @@ struct Simd {
     for (int j = 0; j < 4; ++j) wide.column[j] += sum.column[j];
     return wide;
   }
-  static void pin(Wide&) {}
+#include "pairs.inc"
   template <class F>
   static F fma(F a, F b, F c) {
     return a * b + c;

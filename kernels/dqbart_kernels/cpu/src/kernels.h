@@ -45,13 +45,15 @@ struct Kernels {
   void (*layer_norm)(const float* x, int m, int k, const float* weight, const float* bias, float eps, float* y);
   // weights = softmax(scores * scaling) over n keys: computed in double, rounded to fp32, held as double.
   void (*weigh)(const float* scores, int n, float scaling, double* weights);
-  // out[m, d] = sum over keys of weights[m, key] * (codes[key, d] * scale[key]); d a multiple of 16.
+  // out[m, d] = sum over keys of weights[m, key] * (codes[key, d] * scale[key]); d a multiple of 16. strip: room for
+  // 16 * keys floats.
   void (*mix)(const double* weights, int64_t ldw, int m, const int8_t* codes, int64_t stride, const float* scale,
-              int keys, int d, float* out, int64_t ldo);
-  // Scores and mixture of one query over keys that lie at rows `at` of a cache. Codes of d bytes, d a multiple of 16.
+              int keys, int d, float* strip, float* out, int64_t ldo);
+  // Scores and mixture of one query over the rows `at` of a cache [places, d]; d a multiple of 16.
   void (*attend)(const int8_t* q, float q_scale, const int8_t* k, const float* k_scale, const int8_t* v,
-                 const float* v_scale, const int32_t* at, int keys, int d, int64_t stride, int64_t scale_stride,
-                 float scaling, float* scores, double* weights, float* out);
+                 const float* v_scale, const int32_t* at, int keys, int d, float scaling, float* scores,
+                 double* weights, float* out);
+  float (*largest)(const float* x, int n);
   double (*exp_sum)(const float* x, int n, float peak);  // sum of exp(x - peak)
 };
 

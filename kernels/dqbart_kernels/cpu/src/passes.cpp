@@ -157,9 +157,9 @@ void Passes::attend_source(const float* qkv, int first, int length, int head, fl
   int8_t* q = codes.reserve(3 * codes_size + kAlign);
   int8_t *k = q + codes_size, *v = k + codes_size;
   const int width = round_up(length, kColumns);
-  float* q_scale = floats.reserve(3 * length + kScoreRows * (width + bytes));
+  float* q_scale = floats.reserve(3 * length + kScoreRows * (width + bytes) + 16 * length);
   float *k_scale = q_scale + length, *v_scale = k_scale + length, *scores = v_scale + length;
-  float* mixture = scores + kScoreRows * width;
+  float *mixture = scores + kScoreRows * width, *strip = mixture + kScoreRows * bytes;
   weights.reserve(static_cast<size_t>(kScoreRows) * width);
   int32_t* sum = sums.reserve(length);
   const float* at = qkv + static_cast<int64_t>(first) * 3 * d + head * hd;
@@ -176,7 +176,7 @@ void Passes::attend_source(const float* qkv, int first, int length, int head, fl
     kernels.product(keys, queries, 0, width / kColumns, scores, width, {}, nullptr);
     for (int i = 0; i < rows; ++i)
       kernels.weigh(scores + i * width, length, model.scaling(), weights.get() + i * width);
-    kernels.mix(weights.get(), width, rows, v, bytes, v_scale, length, bytes, mixture, bytes);
+    kernels.mix(weights.get(), width, rows, v, bytes, v_scale, length, bytes, strip, mixture, bytes);
     for (int i = 0; i < rows; ++i)
       std::memcpy(out + static_cast<int64_t>(first + row + i) * d + head * hd, mixture + i * bytes, sizeof(float) * hd);
   }
@@ -273,23 +273,23 @@ const Quantized& Passes::decode(const std::vector<Row>& rows, int t, const std::
 
 void Passes::attend_self(float* qkv, int layer, int t, int row, int head, const std::vector<int32_t>& history) {
   const int d = model.config.d, hd = model.head_d(), bytes = model.head_bytes(), heads = model.config.heads;
-  const int64_t stride = static_cast<int64_t>(heads) * bytes;
-  const int32_t place = t * max_rows_ + row;
-  int8_t *k = cache_k_[layer].get() + head * bytes, *v = cache_v_[layer].get() + head * bytes;
-  float *k_scale = cache_k_scale_[layer].get() + head, *v_scale = cache_v_scale_[layer].get() + head;
+  const size_t place = static_cast<size_t>(t) * max_rows_ + row;
+  const size_t first = static_cast<size_t>(head) * max_length_ * max_rows_;  // of this head's places
+  int8_t *k = cache_k_[layer].get() + first * bytes, *v = cache_v_[layer].get() + first * bytes;
+  float *k_scale = cache_k_scale_[layer].get() + first, *v_scale = cache_v_scale_[layer].get() + first;
   const float* at = qkv + static_cast<int64_t>(row) * 3 * d + head * hd;
   int8_t* q = query_.get() + (static_cast<int64_t>(row) * heads + head) * bytes;
   float q_scale;
   int32_t sum;
   bool finite = model.kernels.quantize(at, hd, 1, hd, q, bytes, &q_scale, &sum);
-  finite &= model.kernels.quantize(at + d, hd, 1, hd, k + place * stride, bytes, k_scale + place * heads, &sum);
-  finite &= model.kernels.quantize(at + 2 * d, hd, 1, hd, v + place * stride, bytes, v_scale + place * heads, &sum);
+  finite &= model.kernels.quantize(at + d, hd, 1, hd, k + place * bytes, bytes, k_scale + place, &sum);
+  finite &= model.kernels.quantize(at + 2 * d, hd, 1, hd, v + place * bytes, bytes, v_scale + place, &sum);
   const int width = round_up(longest_, kColumns);
   const int64_t scratch = static_cast<int64_t>(row) * heads + head;
   float* scores = scores_.get() + scratch * (width + bytes);
   float* mixture = scores + width;
-  model.kernels.attend(q, finite ? q_scale : NAN, k, k_scale, v, v_scale, history.data(), t + 1, bytes, stride, heads,
-                       model.scaling(), scores, weights_.get() + scratch * width, mixture);
+  model.kernels.attend(q, finite ? q_scale : NAN, k, k_scale, v, v_scale, history.data(), t + 1, bytes, model.scaling(),
+                       scores, weights_.get() + scratch * width, mixture);
   std::memcpy(mixed_.get() + static_cast<int64_t>(row) * d + head * hd, mixture, sizeof(float) * hd);
 }
 
@@ -313,8 +313,9 @@ void Passes::attend_cross(int layer, int head, int first_row, int rows, const So
   for (int i = 0; i < rows; ++i)
     kernels.weigh(scores + static_cast<int64_t>(i) * width, n, model.scaling(),
                   weights + static_cast<int64_t>(i) * width);
+  Buffer<float> strip;
   kernels.mix(weights, width, rows, source.v.get() + place * n * bytes, bytes, source.v_scale.get() + place * n, n,
-              bytes, mixture, bytes);
+              bytes, strip.reserve(16 * static_cast<size_t>(n)), mixture, bytes);
   for (int i = 0; i < rows; ++i)
     std::memcpy(mixed_.get() + static_cast<int64_t>(first_row + i) * d + head * hd, mixture + i * bytes,
                 sizeof(float) * hd);

@@ -68,7 +68,7 @@ class Passes {
   Buffer<float> hidden_, normed_, qkv_, mixed_, wide_;
   Buffer<int32_t> positions_;
   int max_rows_ = 0, max_length_ = 0;
-  std::vector<Buffer<int8_t>> cache_k_, cache_v_;  // per layer: [max_length, max_rows, heads, head_bytes]
+  std::vector<Buffer<int8_t>> cache_k_, cache_v_;  // per layer: [heads, max_length, max_rows, head_bytes]
   std::vector<Buffer<float>> cache_k_scale_, cache_v_scale_;
   Buffer<int8_t> query_;
   Buffer<float> query_scale_, scores_;

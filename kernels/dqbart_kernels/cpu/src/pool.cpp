@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include <utility>
+
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
@@ -46,10 +48,16 @@ void Pool::start(int count, Call call, const void* task) {
     relax();
     if (spin > kSpins) std::this_thread::yield();  // a worker lost its core
   }
+  if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
 void Pool::take() {
-  for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) call_(task_, i);
+  try {
+    for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) call_(task_, i);
+  } catch (...) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    failure_ = std::current_exception();
+  }
 }
 
 void Pool::work() {

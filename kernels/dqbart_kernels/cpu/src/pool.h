@@ -3,7 +3,7 @@
 #pragma once
 #include <atomic>
 #include <condition_variable>
-#include <functional>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -19,7 +19,8 @@ class Pool {
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Runs task(i) for i in [0, count) on all threads, the caller's among them, and returns when all are done.
+  // Runs task(i) for i in [0, count) on all threads, the caller's among them, and returns when all are done. Throws
+  // what one of them threw.
   template <class Task>
   void run(int count, const Task& task) {
     if (workers_.empty() || count == 1) {
@@ -44,6 +45,7 @@ class Pool {
   std::atomic<unsigned> round_{0};
   std::atomic<bool> stop_{false};
   std::atomic<int> asleep_{0};
+  std::exception_ptr failure_;
   std::mutex mutex_;
   std::condition_variable wake_;
 };

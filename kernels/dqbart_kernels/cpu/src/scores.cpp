@@ -98,8 +98,7 @@ std::vector<std::vector<Candidate>> Head::best(const std::vector<Rules>& rules, 
         Part& part = parts[static_cast<size_t>(task) * rows + row];
         Top& top = tops[row];
         float* x = logits + static_cast<int64_t>(row) * width;
-        float peak = x[0];
-        for (int i = 1; i < count; ++i) peak = x[i] > peak ? x[i] : peak;
+        const float peak = passes_.model.kernels.largest(x, count);
         if (normalize) {
           if (peak > part.peak) {
             part.sum *= std::exp(static_cast<double>(part.peak) - peak);
