@@ -79,7 +79,9 @@ def main() -> int:
     args = parser.parse_args()
     batches, _, recipe = read_batches(args, BATCH)
     student = load_student(args.packed.with_name(args.packed.name + ".training") / "best", recipe)
-    found = compare(student, dqbart.load(args.packed, engine="torch"), batches, {"max_length": 33, "min_length": 0})
+    packed = dqbart.load(args.packed, engine="torch")
+    student.generation_config = packed.generation_config  # a checkpoint of the training doesn't have the recipe's
+    found = compare(student, packed, batches, {"max_length": 33, "min_length": 0})
     for name, value in found.items():
         print(f"{name:24s} {value}")
     wrong = sum(v for k, v in found.items() if k.endswith("_different")) + (found["max_logit_difference"] > TOLERANCE)

@@ -16,7 +16,8 @@ def examine() -> dict[str, Any]:
     from dqbart_kernels import cpu as native
     from dqbart_kernels.integer_matmul import best_path
 
-    from dqbart.engines import ENGINES, cpu
+    from dqbart.engines import ENGINES
+    from dqbart.engines.native import describe
     from dqbart.evaluation.environment import environment
 
     found = environment()
@@ -26,7 +27,7 @@ def examine() -> dict[str, Any]:
         f"python {found['python']} on {found['system']}, {found['processor']}, {found['cores']} cores, "
         f"{found['instructions']}",
         "  ".join(f"{name} {number}" for name, number in found["packages"].items()),
-        f"engine cpu: {cpu.describe()}",
+        f"engine cpu: {describe()}",
         f"engine torch: integer products on this CPU run through {path}, checked bit by bit just now",
         f"GPU: {found['gpu'] or 'none that torch can use'}",
         *(f"not installed: {name} (optional): {command}" for name, command in missing.items()),

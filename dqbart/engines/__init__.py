@@ -1,8 +1,8 @@
 """What runs a packed model. One function picks an engine and says which one it is.
 
-`cpu` is native code: the whole of `generate` in one call, weights that stay packed. `torch` runs everywhere:
-transformers' own class with packed modules, exact integer products through torch's int8 operators. It is the oracle
-for every other engine.
+`cpu` is native code: the whole of `generate`, or of an encoder's layers, in one call, weights that stay packed.
+`torch` runs everywhere: transformers' own class with packed modules, exact integer products through torch's int8
+operators. It is the oracle for every other engine.
 """
 
 import logging
@@ -36,15 +36,28 @@ def load(
     if engine == "cpu" and not (on_cpu and dtype in (None, torch.float32)):
         raise ValueError(f"engine 'cpu' with device {device!r}, dtype {dtype}: it runs on the CPU in fp32")
     if engine == "cpu" or (engine == "auto" and on_cpu and dtype in (None, torch.float32)):
-        from dqbart.engines.cpu import CpuModel, why_not
+        from dqbart.engines.native import why_not
 
         config = read_config(folder)
         reason = why_not(config, read_spec(folder, config))
         if reason is None or engine == "cpu":
-            fast = CpuModel(folder, threads=threads)
-            log.info("engine cpu: %s, %s threads", fast.native.instruction_set, fast.threads)
-            return fast
+            return _load_native(folder, config["model_type"], threads)
         log.info("engine torch, since the native one can't: %s", reason)
     model = load_packed(folder, device=device, dtype=torch.float32 if dtype is None else dtype)
     log.info("engine torch: transformers' %s with packed modules on %s", type(model).__name__, model.device)
+    return model
+
+
+def _load_native(folder: Path, model_type: str, threads: int | None) -> Any:
+    model: Any
+    if model_type in ("bart", "mbart"):
+        from dqbart.engines.cpu import CpuModel
+
+        model = runs = CpuModel(folder, threads=threads)
+    else:
+        from dqbart.engines.cpu_encoder import load_encoder
+
+        model = load_encoder(folder, threads=threads)
+        runs = model.base_model
+    log.info("engine cpu: %s, %s threads", runs.native.instruction_set, runs.threads)
     return model

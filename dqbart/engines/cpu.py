@@ -1,28 +1,23 @@
-"""The native CPU engine: a packed folder in C++ memory, and `generate` as one call into it.
+"""The native CPU engine for text: `generate` as one call into native code.
 
-`open_native` reads a checked folder into `dqbart_kernels.cpu.Model`; `CpuModel` gives it the face of a transformers
-model: `generate`, `config`, `generation_config`. transformers itself resolves the generation settings, on a model
-without weights, so defaults, checkpoint settings and their errors are its own. What the native loop does not know
-(a custom processor, left padding, scores to return) runs in the torch engine, loaded when it is needed, and is said.
-Rejected: a subclass of transformers' class with native forward passes: each of its steps would cross into Python.
+`CpuModel` has the face of a transformers model: `generate`, `config`, `generation_config`. transformers itself resolves
+the generation settings, on a model without weights, so defaults, checkpoint settings and their errors are its own. What
+the native loop does not know (a custom processor, left padding, scores to return) runs in the torch engine, loaded when
+it is needed, and is said. Rejected: a subclass of transformers' class with native forward passes: each of its steps
+would cross into Python.
 """
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from dqbart_kernels import cpu as native
 
 from dqbart.data.decoding import IMPLEMENTATION_SETTINGS, SAMPLING_SETTINGS
-from dqbart.packed import shards
-from dqbart.packed.layout import FIELD_BITS, as_bytes, as_words, pack, unpack_trits
-from dqbart.packed.skeleton import expected_tensors
-from dqbart.packed.spec import PackedSpec
-from dqbart.packed.verify import build_skeleton, check_files, read_config, read_spec
+from dqbart.engines.native import open_native, why_not
+from dqbart.packed.verify import build_skeleton, read_config, read_spec
 
 log = logging.getLogger("dqbart")
 
@@ -36,79 +31,10 @@ _RENAMED = {
     "forced_eos_token_id": "forced_eos_token", "bad_words_ids": "bad_words", "suppress_tokens": "suppress",
     "begin_suppress_tokens": "begin_suppress",
 }  # fmt: skip
-# Settings that choose no token.
 # Known too, or of no effect here.
 _OTHERS = IMPLEMENTATION_SETTINGS | frozenset(
     "max_new_tokens bos_token_id pad_token_id eos_token_id decoder_start_token_id".split()
 )
-
-
-def why_not(config: dict[str, Any], spec: PackedSpec) -> str | None:
-    """Why the native engine can't run a model of this kind; None if it can."""
-    if (reason := native.reason()) is not None:
-        return reason
-    kind = config.get("model_type")
-    if kind not in ("bart", "mbart"):
-        return f"model type {kind!r}: it runs bart and mbart"
-    if spec.numerics != "integer" or spec.activation_bits != 8 or spec.probability_bits != 32:
-        return "it runs integer numerics with 8-bit activations and float probabilities"
-    if config.get("activation_function", "gelu") != "gelu":
-        return f"activation {config['activation_function']!r}: it runs gelu"
-    layers = {n: m for n, m in spec.modules.items() if m.kind == "linear" and m.tied_to is None}
-    expected = config["encoder_layers"] * 6 + config["decoder_layers"] * 10
-    if len(layers) != expected or any(m.granularity != "row" for m in layers.values()):
-        return f"{len(layers)} of {expected} linear layers are packed with a scale per column: it runs all or none"
-    if "lm_head" not in spec.modules or "model.shared" not in spec.modules:
-        return "the vocabulary matrix or lm_head is in float: it runs packed ones"
-    for name, module in layers.items():
-        if name.endswith("k_proj") and module.bits != layers[name.replace("k_proj", "v_proj")].bits:
-            return f"{name} and its v_proj have different bits: it multiplies them together"
-        if name.endswith("self_attn.q_proj") and module.bits != layers[name.replace("q_proj", "k_proj")].bits:
-            return f"{name} and its k_proj have different bits: it multiplies them together"
-    return None
-
-
-def open_native(folder: Path, config: dict[str, Any], spec: PackedSpec, skeleton: Any) -> native.Model:
-    """Check the folder's files and read them into native memory, tensor by tensor.
-
-    Raises `FileNotFoundError` or `ValueError` naming file and tensor, as `dqbart.packed.verify.verify` does.
-    """
-    found = [shards.read_shard(file) for file in shards.shard_files(folder)]
-    check_files(found, expected_tensors(skeleton, spec), spec)
-    tensors = shards.merge(found)
-    c, before = skeleton.config, skeleton.config.model_type == "mbart"
-    rows = {name: tensors[f"model.{name}.embed_positions.weight"].shape[0] for name in ("encoder", "decoder")}
-    model = native.Model(
-        dict(
-            d=c.d_model, heads=c.encoder_attention_heads, encoder_layers=c.encoder_layers,
-            decoder_layers=c.decoder_layers, encoder_ffn=c.encoder_ffn_dim, decoder_ffn=c.decoder_ffn_dim,
-            vocabulary=c.vocab_size, encoder_positions=rows["encoder"], decoder_positions=rows["decoder"],
-            position_offset=skeleton.model.encoder.embed_positions.offset, pre_norm=before, embedding_norm=True,
-            final_norm=before, head_bias=True,
-        ),
-        embed_scale=c.d_model**0.5 if c.scale_embedding else 1.0,
-        eps=skeleton.model.encoder.layernorm_embedding.eps,
-    )  # fmt: skip
-    for name, module in spec.modules.items():
-        if module.tied_to is not None:
-            continue
-        words = shards.read_tensor(tensors[f"{name}.weight"])
-        if module.layout == "trits":
-            words = as_words(pack(unpack_trits(as_bytes(words), module.shape[1]), 2))
-        bias = tensors.get(f"{name}.bias")
-        model.set_matrix(
-            name.removeprefix("model."), FIELD_BITS[module.bits], module.shape, as_bytes(words).numpy(),
-            _floats(tensors[f"{name}.weight_scale"]), _floats(bias) if bias is not None else None,
-        )  # fmt: skip
-    for name, info in tensors.items():
-        if name.rpartition(".")[0] not in spec.modules:
-            model.set_vector(name.removeprefix("model."), _floats(info))
-    model.finish()
-    return model
-
-
-def _floats(info: shards.TensorInfo) -> native.F32:
-    return np.ascontiguousarray(shards.read_tensor(info).float().reshape(-1).numpy())
 
 
 class CpuModel:
@@ -132,7 +58,7 @@ class CpuModel:
         self._skeleton = build_skeleton(self.folder, config, spec)
         self._read_generation_config()
         self.config = self._skeleton.config
-        self.native = open_native(self.folder, config, spec, self._skeleton)
+        self.native, _ = open_native(self.folder, spec, self._skeleton)
         self.threads = threads or torch.get_num_threads()
         self._torch_model: Any = None
         self._said: set[str] = set()
@@ -264,12 +190,3 @@ class CpuModel:
         for i, row in enumerate(rows):
             out[i, : len(row)] = torch.from_numpy(row.astype(np.int64))
         return out.to(ids.device)
-
-
-def describe() -> str:
-    """One line for `dqbart doctor`."""
-    reason = native.reason()
-    if reason is not None:
-        return f"not available: {reason}"
-    forced = f", forced by {native.VARIABLE}" if os.environ.get(native.VARIABLE) else ""
-    return f"{native.chosen_instruction_set()}{forced} (this processor runs {', '.join(native.instruction_sets())})"

@@ -33,7 +33,7 @@ def bench(
     import torch
 
     from dqbart.engines import ENGINES, load
-    from dqbart.engines.cpu import why_not
+    from dqbart.engines.native import why_not
     from dqbart.packed.verify import read_config, read_spec
 
     counts = {"source_length": source_length, "new_tokens": new_tokens, "batch_size": batch_size, "rounds": rounds}

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+_GELU = {"GELUActivation": "none", "NewGELUActivation": "tanh"}  # by the name of transformers' class
+
 
 class RoundedOnceLayerNorm(nn.LayerNorm):
     """`nn.LayerNorm`; without gradient computed in float64."""
@@ -25,12 +27,15 @@ class RoundedOnceLayerNorm(nn.LayerNorm):
 
 
 class RoundedOnceGELU(nn.Module):
-    """transformers' `GELUActivation`, the exact one; without gradient computed in float64."""
+    """transformers' `GELUActivation` and `NewGELUActivation` (by tanh); without gradient computed in float64."""
+
+    rounded_class: type
 
     def forward(self, input: Tensor) -> Tensor:
+        approximate = _GELU[self.rounded_class.__name__]
         if torch.is_grad_enabled() and input.requires_grad:
-            return F.gelu(input)
-        return F.gelu(input.double()).to(input.dtype)
+            return F.gelu(input, approximate=approximate)
+        return F.gelu(input.double(), approximate=approximate).to(input.dtype)
 
 
 def round_once(model: Any) -> None:
@@ -39,7 +44,7 @@ def round_once(model: Any) -> None:
         old = type(module)
         if old is nn.LayerNorm:
             module.__class__ = RoundedOnceLayerNorm
-        elif (old.__module__, old.__name__) == ("transformers.activations", "GELUActivation"):
+        elif old.__module__ == "transformers.activations" and old.__name__ in _GELU:
             module.__class__, module.rounded_class = RoundedOnceGELU, old
 
 

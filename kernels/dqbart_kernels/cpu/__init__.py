@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 VARIABLE = "DQBART_ISA"
+ACTIVATIONS = {"gelu": 1, "gelu_new": 2}
 EARLY_STOPPING = {False: 0, True: 1, "never": 2}
 
 I8 = NDArray[np.int8]
@@ -110,20 +111,26 @@ def _ragged(sources: Sequence[I32]) -> tuple[I32, I32]:
 
 
 class Model:
-    """A BART or mBART in native memory. Filled once, then used by any number of threads at the same time.
+    """A transformer in native memory: BART and mBART, or an encoder. Filled once, then used by any number of threads.
 
-    `sizes`: d, heads, encoder_layers, decoder_layers, encoder_ffn, decoder_ffn, vocabulary, encoder_positions,
-    decoder_positions, position_offset, pre_norm, embedding_norm, final_norm, head_bias.
+    `sizes`: all of `SIZES`, as `Config` in src/model.h explains them; those in `DEFAULTS` may be left out, and
+    embedding_d and encoder_steps are then d and encoder_layers.
     Raises `ValueError` with the name and what was expected for whatever doesn't fit.
     """
 
     SIZES = (
         "d", "heads", "encoder_layers", "decoder_layers", "encoder_ffn", "decoder_ffn", "vocabulary",
         "encoder_positions", "decoder_positions", "position_offset", "pre_norm", "embedding_norm", "final_norm",
-        "head_bias",
+        "head_bias", "embedding_d", "embedding_map", "encoder_steps", "activation", "token_types",
     )  # fmt: skip
+    DEFAULTS = dict.fromkeys(
+        ("decoder_layers", "decoder_ffn", "decoder_positions", "position_offset", "pre_norm", "final_norm",
+         "head_bias", "embedding_map", "token_types"), 0,
+    ) | {"embedding_norm": 1, "activation": ACTIVATIONS["gelu"]}  # fmt: skip
 
     def __init__(self, sizes: dict[str, int], embed_scale: float, eps: float) -> None:
+        given = {"embedding_d": sizes.get("d", 0), "encoder_steps": sizes.get("encoder_layers", 0)} | sizes
+        sizes = self.DEFAULTS | given
         if set(sizes) != set(self.SIZES):
             raise ValueError(f"sizes {sorted(sizes)}: expected {sorted(self.SIZES)}")
         library = _load()
@@ -136,7 +143,7 @@ class Model:
         )
         if not self._handle:
             _check(1)
-        self.sizes = dict(sizes)
+        self.sizes = sizes
         self.instruction_set: str = library.dq_model_instruction_set(self._handle).decode()
 
     def __del__(self) -> None:
@@ -167,14 +174,17 @@ class Model:
         _check(_load().dq_finish(self._handle))
         self._ready = True
 
-    def encode(self, sources: Sequence[I32], threads: int) -> list[F32]:
-        """Last hidden states of the encoder, [length, d] per source."""
+    def encode(self, sources: Sequence[I32], threads: int, types: Sequence[I32] | None = None) -> list[F32]:
+        """Last hidden states of the encoder, [length, d] per source. `types`: token types, zeros where not given."""
         tokens, starts = self._sources(sources, threads)
+        types_T = None if types is None else _ragged(types)[0]
+        if types_T is not None and [len(row) for row in types or ()] != [len(row) for row in sources]:
+            raise ValueError("token types: expected as many as there are tokens in each source")
         hidden = np.empty((len(tokens), self.sizes["d"]), np.float32)
         _check(
             _load().dq_encode(
-                self._handle, threads, _pointer(tokens, np.int32), _pointer(starts, np.int32), len(sources),
-                _pointer(hidden, np.float32),
+                self._handle, threads, _pointer(tokens, np.int32), _pointer(types_T, np.int32),
+                _pointer(starts, np.int32), len(sources), _pointer(hidden, np.float32),
             )
         )  # fmt: skip
         return [hidden[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]

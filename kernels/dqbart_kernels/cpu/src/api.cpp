@@ -52,9 +52,9 @@ DQ_API const char* dq_instruction_sets() {
 DQ_API Model* dq_model_new(const int32_t* ints, int int_count, const float* floats, const char* instruction_set) {
   Model* model = nullptr;
   guarded([&] {
-    require(int_count == 14, "config: expected 14 integers");
+    require(int_count == 19, "config: expected 19 integers");
     Config c = {};
-    std::memcpy(&c, ints, sizeof(int32_t) * 14);
+    std::memcpy(&c, ints, sizeof(int32_t) * 19);
     c.embed_scale = floats[0];
     c.eps = floats[1];
     for (int i = 0; i < 9; ++i) require(ints[i] >= 0 && ints[i] < 1 << 24, "config: a size is negative or too large");
@@ -63,6 +63,11 @@ DQ_API Model* dq_model_new(const int32_t* ints, int int_count, const float* floa
     require(c.encoder_layers < 1024 && c.decoder_layers < 1024 && c.d < 1 << 15, "config: larger than any model");
     require(c.encoder_ffn > 0 && c.encoder_ffn <= 65536 && c.decoder_ffn <= 65536, "config: feed-forward too wide");
     require(c.position_offset >= 0 && c.position_offset < 1 << 16, "config: strange position offset");
+    require(c.embedding_d > 0 && c.embedding_d < 1 << 15, "config: embeddings without or with too much width");
+    require(c.embedding_map ? c.decoder_layers == 0 : c.embedding_d == c.d, "config: embeddings don't fit the layers");
+    require(c.encoder_steps > 0 && c.encoder_steps < 1024, "config: encoder steps out of range");
+    require(c.activation == kGelu || c.activation == kGeluTanh, "config: unknown activation");
+    require(c.token_types >= 0 && c.token_types < 1 << 16, "config: strange number of token types");
     model = new Model(c, *find_kernels(instruction_set));
   });
   return model;
@@ -109,12 +114,21 @@ static void check_sources(const Model& model, const int32_t* tokens, const int32
   check_tokens(model, tokens, starts[items], "source");
 }
 
-DQ_API int dq_encode(const Model* model, int threads, const int32_t* tokens, const int32_t* starts, int items,
-                     float* hidden) {
+static void require_decoder(const Model& model) {
+  require(model.config.decoder_layers > 0, "the model has no decoder");
+}
+
+// types: one per token, or null.
+DQ_API int dq_encode(const Model* model, int threads, const int32_t* tokens, const int32_t* types,
+                     const int32_t* starts, int items, float* hidden) {
   return guarded([&] {
     check_sources(*model, tokens, starts, items);
+    for (int i = 0; types && i < starts[items]; ++i)
+      require(types[i] >= 0 && types[i] < model->config.token_types, "token type " + std::to_string(types[i]) +
+                                                                         ": expected less than " +
+                                                                         std::to_string(model->config.token_types));
     Pool pool(threads);
-    Passes(*model, pool).encode(tokens, starts, items, nullptr, hidden);
+    Passes(*model, pool).encode(tokens, types, starts, items, nullptr, hidden);
   });
 }
 
@@ -122,6 +136,7 @@ DQ_API int dq_encode(const Model* model, int threads, const int32_t* tokens, con
 DQ_API int dq_logits(const Model* model, int threads, const int32_t* tokens, const int32_t* starts, int items,
                      const int32_t* decoder_tokens, int length, float* logits) {
   return guarded([&] {
+    require_decoder(*model);
     check_sources(*model, tokens, starts, items);
     require(length > 0 && length <= model->config.decoder_positions - model->config.position_offset,
             "decoder length " + std::to_string(length) + ": more than the model has positions");
@@ -129,7 +144,7 @@ DQ_API int dq_logits(const Model* model, int threads, const int32_t* tokens, con
     Pool pool(threads);
     Passes passes(*model, pool);
     std::vector<Source> sources;
-    passes.encode(tokens, starts, items, &sources, nullptr);
+    passes.encode(tokens, nullptr, starts, items, &sources, nullptr);
     passes.start_decoding(items, length);
     std::vector<std::vector<int32_t>> history(items);
     const int64_t vocabulary = model->config.vocabulary;
@@ -153,6 +168,7 @@ DQ_API int dq_generate(const Model* model, int threads, const int32_t* tokens, c
                        int32_t* tokens_out, int32_t* lengths_out, float* scores_out, int32_t* stopped) {
   return guarded([&] {
     const Options& o = *options;
+    require_decoder(*model);
     check_sources(*model, tokens, starts, items);
     require(o.num_beams >= 1 && o.num_beams <= 1024, "num_beams out of range");
     require(o.num_return_sequences >= 1 && o.num_return_sequences <= (o.num_beams > 1 ? o.num_beams : 1024),
@@ -183,7 +199,7 @@ DQ_API int dq_generate(const Model* model, int threads, const int32_t* tokens, c
     Pool pool(threads);
     Passes passes(*model, pool);
     std::vector<Source> sources;
-    passes.encode(tokens, starts, items, &sources, nullptr);
+    passes.encode(tokens, nullptr, starts, items, &sources, nullptr);
     std::vector<Output> outputs;
     *stopped = !generate(passes, o, found, sources, on_token, outputs);
     for (size_t i = 0; i < outputs.size(); ++i) {

@@ -17,7 +17,7 @@ struct Packed {
   const float* scale;  // [n]
 };
 
-enum Activation : int32_t { kNone = 0, kGelu = 1 };
+enum Activation : int32_t { kNone = 0, kGelu = 1, kGeluTanh = 2 };
 
 // What follows a product, per output: act(acc * s_a * s_w + bias) + residual. Pointers may be null.
 struct Epilogue {

@@ -6,7 +6,7 @@
 namespace dq {
 
 Model::Model(const Config& c, const Kernels& kernels) : config(c), kernels(kernels) {
-  expect("shared", vocabulary, c.vocabulary, c.d);
+  expect("shared", vocabulary, c.vocabulary, c.embedding_d);
   if (c.head_bias) expect("final_logits_bias", head_bias, c.vocabulary);
   encoder.layers.resize(c.encoder_layers);
   decoder.layers.resize(c.decoder_layers);
@@ -15,24 +15,28 @@ Model::Model(const Config& c, const Kernels& kernels) : config(c), kernels(kerne
     const std::string top = is_decoder ? "decoder." : "encoder.";
     const int positions = is_decoder ? c.decoder_positions : c.encoder_positions;
     const int ffn = is_decoder ? c.decoder_ffn : c.encoder_ffn;
-    expect(top + "embed_positions.weight", stack.positions, static_cast<size_t>(positions) * c.d);
-    if (c.embedding_norm) expect(top + "layernorm_embedding", stack.embedding_norm);
-    if (c.final_norm) expect(top + "layer_norm", stack.final_norm);
+    if (is_decoder && c.decoder_layers == 0) break;
+    expect(top + "embed_positions.weight", stack.positions, static_cast<size_t>(positions) * c.embedding_d);
+    if (c.token_types)
+      expect(top + "token_types.weight", stack.token_types, static_cast<size_t>(c.token_types) * c.embedding_d);
+    if (c.embedding_norm) expect(top + "layernorm_embedding", stack.embedding_norm, c.embedding_d);
+    if (c.embedding_map) expect(top + "embedding_map", stack.embedding_map, c.d, c.embedding_d);
+    if (c.final_norm) expect(top + "layer_norm", stack.final_norm, c.d);
     for (size_t i = 0; i < stack.layers.size(); ++i) {
       Layer& layer = stack.layers[i];
       const std::string name = top + "layers." + std::to_string(i) + ".";
       for (const char* of : {"q_proj", "k_proj", "v_proj"}) expect(name + "self_attn." + of, layer.self.qkv, c.d, c.d);
       expect(name + "self_attn.out_proj", layer.self.out, c.d, c.d);
-      expect(name + "self_attn_layer_norm", layer.self.norm);
+      expect(name + "self_attn_layer_norm", layer.self.norm, c.d);
       if (is_decoder) {
         expect(name + "encoder_attn.q_proj", layer.cross.qkv, c.d, c.d);
         for (const char* of : {"k_proj", "v_proj"}) expect(name + "encoder_attn." + of, layer.cross.kv, c.d, c.d);
         expect(name + "encoder_attn.out_proj", layer.cross.out, c.d, c.d);
-        expect(name + "encoder_attn_layer_norm", layer.cross.norm);
+        expect(name + "encoder_attn_layer_norm", layer.cross.norm, c.d);
       }
       expect(name + "fc1", layer.fc1, ffn, c.d);
       expect(name + "fc2", layer.fc2, c.d, ffn);
-      expect(name + "final_layer_norm", layer.norm);
+      expect(name + "final_layer_norm", layer.norm, c.d);
     }
   }
 }
@@ -47,9 +51,9 @@ void Model::expect(const std::string& name, std::vector<float>& values, size_t c
   vectors_[name] = {&values, count};
 }
 
-void Model::expect(const std::string& name, Norm& norm) {
-  expect(name + ".weight", norm.weight, config.d);
-  expect(name + ".bias", norm.bias, config.d);
+void Model::expect(const std::string& name, Norm& norm, int width) {
+  expect(name + ".weight", norm.weight, width);
+  expect(name + ".bias", norm.bias, width);
 }
 
 void Model::set_matrix(const std::string& name, int bits, int n, int k, const uint8_t* planar, const float* scale,

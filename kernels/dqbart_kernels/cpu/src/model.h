@@ -38,6 +38,11 @@ struct Config {
   int32_t encoder_positions, decoder_positions, position_offset;
   int32_t pre_norm, embedding_norm, final_norm;  // final_norm: after the last layer of each stack (mBART)
   int32_t head_bias;                             // final_logits_bias is there
+  int32_t embedding_d;                           // width of the embeddings; d unless embedding_map
+  int32_t embedding_map;                         // a matrix [d, embedding_d] after them (ALBERT)
+  int32_t encoder_steps;                         // how often a layer runs; neighbours share one (ALBERT)
+  int32_t activation;                            // Activation of the feed-forward
+  int32_t token_types;                           // 0 without them
   float embed_scale, eps;
 };
 
@@ -67,7 +72,8 @@ struct Layer {
 };
 
 struct Stack {
-  std::vector<float> positions;
+  std::vector<float> positions, token_types;  // [positions, embedding_d], [token_types, embedding_d]
+  Linear embedding_map;
   Norm embedding_norm, final_norm;
   std::vector<Layer> layers;
 };
@@ -82,7 +88,7 @@ class Model {
   void set_vector(const std::string& name, const float* values, int64_t count);
   void finish();  // throws unless everything was set
 
-  // x[d] = row `token` of the vocabulary matrix, times embed_scale.
+  // x[embedding_d] = row `token` of the vocabulary matrix, times embed_scale.
   void embed(int32_t token, float* x) const;
 
   const Config config;
@@ -102,7 +108,7 @@ class Model {
   };
   void expect(const std::string& name, Linear& linear, int n, int k);
   void expect(const std::string& name, std::vector<float>& values, size_t count);
-  void expect(const std::string& name, Norm& norm);
+  void expect(const std::string& name, Norm& norm, int width);
 
   std::map<std::string, Part> parts_;
   std::map<std::string, std::pair<std::vector<float>*, size_t>> vectors_;

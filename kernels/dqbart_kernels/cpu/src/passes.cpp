@@ -36,7 +36,8 @@ void Passes::quantize(const float* x, int m, int k, Quantized& out) {
 }
 
 void Passes::norm(const Norm& norm, const float* x, int m, float* y) {
-  const int d = model.config.d, block = m <= kSerialRows ? m : std::max(1, std::min(16, m / pool.threads()));
+  const int d = static_cast<int>(norm.weight.size());
+  const int block = m <= kSerialRows ? m : std::max(1, std::min(16, m / pool.threads()));
   pool.run((m + block - 1) / block, [&](int i) {
     const int64_t row = i * block;
     model.kernels.layer_norm(x + row * d, std::min<int>(block, m - row), d, norm.weight.data(), norm.bias.data(),
@@ -58,18 +59,27 @@ void Passes::linear(const Linear& linear, const Quantized& x, float* y, int acti
   });
 }
 
-void Passes::embed(const Stack& stack, const int32_t* tokens, const int32_t* positions, int m, float* x) {
-  const int d = model.config.d;
+void Passes::embed(const Stack& stack, const int32_t* tokens, const int32_t* types, const int32_t* positions, int m,
+                   float* h) {
+  const int d = model.config.embedding_d;
+  float* x = model.config.embedding_map ? wide_.reserve(static_cast<size_t>(m) * d) : h;
   const int block = m <= kSerialRows ? m : std::max(1, std::min(16, m / pool.threads()));
   pool.run((m + block - 1) / block, [&](int i) {
     for (int row = i * block; row < std::min(m, (i + 1) * block); ++row) {
       float* out = x + static_cast<int64_t>(row) * d;
       model.embed(tokens[row], out);
+      if (!stack.token_types.empty()) {
+        const float* type = stack.token_types.data() + static_cast<int64_t>(types ? types[row] : 0) * d;
+        for (int j = 0; j < d; ++j) out[j] += type[j];
+      }
       const float* position = stack.positions.data() + static_cast<int64_t>(positions[row]) * d;
       for (int j = 0; j < d; ++j) out[j] += position[j];
     }
   });
   if (model.config.embedding_norm) norm(stack.embedding_norm, x, m, x);
+  if (!model.config.embedding_map) return;
+  quantize(x, m, d, input_);
+  linear(stack.embedding_map, input_, h, kNone, nullptr);
 }
 
 // h += fc2(gelu(fc1(h))), with the norm before (mBART) or after (BART).
@@ -79,14 +89,14 @@ void Passes::feed_forward(const Layer& layer, float* h, int m) {
   if (model.config.pre_norm) norm(layer.norm, h, m, normed_.get()), x = normed_.get();
   quantize(x, m, d, input_);
   float* wide = wide_.reserve(static_cast<size_t>(m) * layer.fc1.n);
-  linear(layer.fc1, input_, wide, kGelu, nullptr);
+  linear(layer.fc1, input_, wide, model.config.activation, nullptr);
   quantize(wide, m, layer.fc1.n, input_);
   linear(layer.fc2, input_, h, kNone, h);
   if (!model.config.pre_norm) norm(layer.norm, h, m, h);
 }
 
-void Passes::encode(const int32_t* tokens, const int32_t* starts, int items, std::vector<Source>* sources,
-                    float* hidden) {
+void Passes::encode(const int32_t* tokens, const int32_t* types, const int32_t* starts, int items,
+                    std::vector<Source>* sources, float* hidden) {
   const Config& c = model.config;
   const int m = starts[items], d = c.d;
   float* h = hidden_.reserve(static_cast<size_t>(m) * d);
@@ -96,8 +106,9 @@ void Passes::encode(const int32_t* tokens, const int32_t* starts, int items, std
   int32_t* positions = positions_.reserve(m);
   for (int i = 0; i < items; ++i)
     for (int j = starts[i]; j < starts[i + 1]; ++j) positions[j] = j - starts[i] + c.position_offset;
-  embed(model.encoder, tokens, positions, m, h);
-  for (const Layer& layer : model.encoder.layers) {
+  embed(model.encoder, tokens, types, positions, m, h);
+  for (int step = 0; step < c.encoder_steps; ++step) {
+    const Layer& layer = model.encoder.layers[static_cast<int64_t>(step) * c.encoder_layers / c.encoder_steps];
     const float* x = h;
     if (c.pre_norm) norm(layer.self.norm, h, m, normed_.get()), x = normed_.get();
     quantize(x, m, d, input_);
@@ -241,7 +252,7 @@ const Quantized& Passes::decode(const std::vector<Row>& rows, int t, const std::
   const int groups = static_cast<int>(firsts.size()) - 1;
   scores_.reserve(static_cast<size_t>(m) * c.heads * (round_up(longest_, kColumns) + model.head_bytes()));
   weights_.reserve(static_cast<size_t>(m) * c.heads * round_up(longest_, kColumns));
-  embed(model.decoder, tokens.data(), positions_.get(), m, h);
+  embed(model.decoder, tokens.data(), nullptr, positions_.get(), m, h);
   for (int l = 0; l < c.decoder_layers; ++l) {
     const Layer& layer = model.decoder.layers[l];
     const float* x = h;

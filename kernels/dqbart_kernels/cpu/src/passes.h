@@ -38,8 +38,10 @@ class Passes {
  public:
   Passes(const Model& model, Pool& pool) : model(model), pool(pool) {}
 
-  // tokens of item i: [starts[i], starts[i + 1]). hidden: [tokens, d], or null. Throws std::overflow_error.
-  void encode(const int32_t* tokens, const int32_t* starts, int items, std::vector<Source>* sources, float* hidden);
+  // tokens of item i: [starts[i], starts[i + 1]). types: token types, or null for zeros. hidden: [tokens, d], or null.
+  // Throws std::overflow_error.
+  void encode(const int32_t* tokens, const int32_t* types, const int32_t* starts, int items,
+              std::vector<Source>* sources, float* hidden);
 
   void start_decoding(int max_rows, int max_length);
   // Hidden states [rows, d] of step `t`, quantized for the head. Rows of one source must be neighbours.
@@ -57,7 +59,8 @@ class Passes {
   void quantize(const float* x, int m, int k, Quantized& out);
   void linear(const Linear& linear, const Quantized& x, float* y, int activation, const float* residual);
   void norm(const Norm& norm, const float* x, int m, float* y);
-  void embed(const Stack& stack, const int32_t* tokens, const int32_t* positions, int m, float* x);
+  void embed(const Stack& stack, const int32_t* tokens, const int32_t* types, const int32_t* positions, int m,
+             float* x);
   void attend_source(const float* qkv, int first, int length, int head, float* out) const;
   void feed_forward(const Layer& layer, float* h, int m);
   void fill_source(const float* kv, int layer, int head, Source& source) const;

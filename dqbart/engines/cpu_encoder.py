@@ -1,0 +1,142 @@
+"""The native CPU engine for encoders: transformers' own model, its stack of layers in native code.
+
+The base model (`BertModel`, say) inside whatever class the folder names gets a subclass whose `forward` makes the last
+hidden states natively; pooler and heads stay transformers' modules, in float, so every head class works and none is
+copied. What the native pass does not know (attentions, embeddings as input, padding on the left) runs in the torch
+engine, loaded when it is needed, and is said. Rejected: native classifiers, which would save microseconds.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dqbart_kernels import cpu
+from torch import Tensor, nn
+
+from dqbart.engines.native import first_position, open_native, why_not
+from dqbart.packed import shards
+from dqbart.packed.verify import build_skeleton, read_config, read_spec
+
+log = logging.getLogger("dqbart")
+
+
+class NativeBase:
+    """What the subclass of a base model adds: `native`, `threads`, and the same folder in the torch engine."""
+
+    native: cpu.Model
+    threads: int
+    folder: Path
+    config: Any
+    _said: set[str]
+    _torch_base: list[Any] | None = None
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        """As the base model's, for token ids and masks [B, L]. Hidden states of padding are zeros."""
+        reason = self._unsupported(input_ids, attention_mask, token_type_ids, others)
+        if reason is not None:
+            if reason not in self._said:
+                self._said.add(reason)
+                log.warning("the torch engine runs: the native one does not know %s", reason)
+            given = others | {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+            given = {name: value for name, value in given.items() if value is not None}
+            return self.torch_base(input_ids=input_ids, return_dict=return_dict, **given)
+        hidden_BLD = self._encode(input_ids, attention_mask, token_type_ids)
+        output = self._output(hidden_BLD)
+        return output.to_tuple() if return_dict is False else output
+
+    @property
+    def torch_base(self) -> Any:
+        """The same base model in the torch engine."""
+        if self._torch_base is None:
+            from dqbart.packed.checkpoint import load_packed
+
+            self._torch_base = [load_packed(self.folder).base_model]  # in a list: no submodule of this one
+        return self._torch_base[0]
+
+    def _unsupported(self, ids: Any, mask: Any, types: Any, others: dict[str, Any]) -> str | None:
+        """What the native pass can't do of this call, in words."""
+        for name, value in others.items():
+            if value is not None and value is not False:
+                return f"the argument {name!r}"
+        if self.config.output_attentions or self.config.output_hidden_states:
+            return "output_attentions and output_hidden_states"
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or 0 in ids.shape:
+            found = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"input_ids {found}: expected token ids [batch, length], neither of them 0")
+        for name, given in (("attention_mask", mask), ("token_type_ids", types)):
+            if given is not None and tuple(given.shape) != tuple(ids.shape):
+                raise ValueError(f"{name} {list(given.shape)}: expected the shape of input_ids, {list(ids.shape)}")
+        if mask is not None:
+            lengths = mask.sum(1)
+            if (lengths == 0).any() or not torch.equal(mask.bool(), torch.arange(mask.shape[1]) < lengths[:, None]):
+                return "padding on the left or inside a text"
+        if first_position(self.config):  # positions count what is not padding
+            real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+            if (ids[real] == self.config.pad_token_id).any():
+                return "padding tokens that are attended to"
+        return None
+
+    def _encode(self, ids_BL: Tensor, mask_BL: Tensor | None, types_BL: Tensor | None) -> Tensor:
+        lengths = [ids_BL.shape[1]] * len(ids_BL) if mask_BL is None else mask_BL.sum(1).tolist()
+
+        def rows(of_BL: Tensor) -> list[cpu.I32]:
+            found = of_BL.cpu().to(torch.int32).numpy()
+            return [found[i, :length] for i, length in enumerate(lengths)]
+
+        types = rows(types_BL) if types_BL is not None and self.native.sizes["token_types"] else None
+        hidden = np.zeros((*ids_BL.shape, self.native.sizes["d"]), np.float32)
+        for i, row in enumerate(self.native.encode(rows(ids_BL), self.threads, types)):
+            hidden[i, : len(row)] = row
+        return torch.from_numpy(hidden)
+
+    def _output(self, hidden_BLD: Tensor) -> Any:
+        from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+
+        pooler = getattr(self, "pooler", None)
+        if self.config.model_type == "distilbert":
+            return BaseModelOutput(last_hidden_state=hidden_BLD)
+        if pooler is None:
+            return BaseModelOutputWithPooling(last_hidden_state=hidden_BLD)
+        if self.config.model_type == "albert":
+            pooled = self.pooler_activation(pooler(hidden_BLD[:, 0]))  # type: ignore[attr-defined]
+        else:
+            pooled = pooler(hidden_BLD)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_BLD, pooler_output=pooled)
+
+
+def load_encoder(folder: str | Path, *, threads: int | None = None) -> Any:
+    """transformers' model of a packed encoder folder, in eval mode, its layers in native memory.
+
+    Raises `FileNotFoundError` or `ValueError`, one line, for a folder that doesn't fit.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    spec = read_spec(folder, config)
+    reason = why_not(config, spec)
+    if reason is not None:
+        raise ValueError(f"engine 'cpu' can't run {folder}: {reason}; use engine 'torch'")
+    model = build_skeleton(folder, config, spec)
+    native, rest = open_native(folder, spec, model)
+    base = model.base_model
+    for name in ("embeddings", "encoder", "transformer"):
+        base._modules.pop(name, None)
+    for name, info in rest.items():
+        parent, _, leaf = name.rpartition(".")
+        module: nn.Module = model.get_submodule(parent)
+        module._parameters[leaf] = nn.Parameter(shards.read_tensor(info).float(), requires_grad=False)
+    missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if missing:
+        raise ValueError(f"{folder}: tensor {missing[0]}: the native engine doesn't know where it comes from")
+    base.__class__ = type(f"Native{type(base).__name__}", (NativeBase, type(base)), {})
+    base.native, base.threads, base.folder = native, threads or torch.get_num_threads(), folder
+    base._said = set()
+    return model.eval()

@@ -1,0 +1,213 @@
+"""A packed folder read into native memory: which models the native engine runs, and where their tensors go.
+
+Every family is the same stack of layers under other names, so a family is a table of names and a few sizes. `why_not`
+says what stands in the way; `open_native` reads a checked folder tensor by tensor. What belongs to no layer (poolers,
+classifiers) is left to its caller.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dqbart_kernels import cpu as native
+
+from dqbart.packed import shards
+from dqbart.packed.layout import FIELD_BITS, as_bytes, as_words, pack, unpack_trits
+from dqbart.packed.skeleton import expected_tensors
+from dqbart.packed.spec import PackedSpec
+from dqbart.packed.verify import check_files
+
+_EMBEDDINGS = {
+    r"embeddings\.word_embeddings": "shared",
+    r"embeddings\.position_embeddings": "encoder.embed_positions",
+    r"embeddings\.token_type_embeddings": "encoder.token_types",
+    r"embeddings\.LayerNorm": "encoder.layernorm_embedding",
+}
+_BERT = _EMBEDDINGS | {
+    r"encoder\.layer\.(\d+)\.attention\.self\.(query|key|value)": r"encoder.layers.\1.self_attn.\2",
+    r"encoder\.layer\.(\d+)\.attention\.output\.dense": r"encoder.layers.\1.self_attn.out_proj",
+    r"encoder\.layer\.(\d+)\.attention\.output\.LayerNorm": r"encoder.layers.\1.self_attn_layer_norm",
+    r"encoder\.layer\.(\d+)\.intermediate\.dense": r"encoder.layers.\1.fc1",
+    r"encoder\.layer\.(\d+)\.output\.dense": r"encoder.layers.\1.fc2",
+    r"encoder\.layer\.(\d+)\.output\.LayerNorm": r"encoder.layers.\1.final_layer_norm",
+}
+_DISTILBERT = _EMBEDDINGS | {
+    r"transformer\.layer\.(\d+)\.attention\.(q|k|v)_lin": r"encoder.layers.\1.self_attn.\2_proj",
+    r"transformer\.layer\.(\d+)\.attention\.out_lin": r"encoder.layers.\1.self_attn.out_proj",
+    r"transformer\.layer\.(\d+)\.sa_layer_norm": r"encoder.layers.\1.self_attn_layer_norm",
+    r"transformer\.layer\.(\d+)\.ffn\.lin(1|2)": r"encoder.layers.\1.fc\2",
+    r"transformer\.layer\.(\d+)\.output_layer_norm": r"encoder.layers.\1.final_layer_norm",
+}
+_GROUP = r"encoder\.albert_layer_groups\.(\d+)\.albert_layers\.0\."
+_ALBERT = _EMBEDDINGS | {
+    r"encoder\.embedding_hidden_mapping_in": "encoder.embedding_map",
+    _GROUP + r"attention\.(query|key|value)": r"encoder.layers.\1.self_attn.\2",
+    _GROUP + r"attention\.dense": r"encoder.layers.\1.self_attn.out_proj",
+    _GROUP + r"attention\.LayerNorm": r"encoder.layers.\1.self_attn_layer_norm",
+    _GROUP + "ffn": r"encoder.layers.\1.fc1",
+    _GROUP + "ffn_output": r"encoder.layers.\1.fc2",
+    _GROUP + "full_layer_layer_norm": r"encoder.layers.\1.final_layer_norm",
+}
+_SEQ2SEQ = {r"((?:shared|encoder|decoder)\b.*)": r"\1"}  # the native names are BART's
+
+
+@dataclass(frozen=True)
+class Family:
+    """`prefix`: of the base model inside a model with a head. `names`: module names there to native ones."""
+
+    prefix: str
+    names: dict[str, str]
+    attributes: tuple[str, str, str, str, str]  # of the config: width, heads, layers, feed-forward, activation
+
+
+_USUAL = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "hidden_act")
+_BART = ("d_model", "encoder_attention_heads", "encoder_layers", "encoder_ffn_dim", "activation_function")
+FAMILIES = {
+    "bart": Family("model", _SEQ2SEQ, _BART),
+    "mbart": Family("model", _SEQ2SEQ, _BART),
+    "bert": Family("bert", _BERT, _USUAL),
+    "roberta": Family("roberta", _BERT, _USUAL),
+    "xlm-roberta": Family("roberta", _BERT, _USUAL),
+    "distilbert": Family("distilbert", _DISTILBERT, ("dim", "n_heads", "n_layers", "hidden_dim", "activation")),
+    "albert": Family("albert", _ALBERT, _USUAL),
+}
+_SHORT = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+
+
+def native_name(family: Family, name: str) -> str | None:
+    """The native name of a module, or None for one that is not part of the stacks."""
+    name = name.removeprefix(family.prefix + ".")
+    for pattern, replacement in family.names.items():
+        if re.fullmatch(pattern, name):
+            found = re.sub(pattern, replacement, name)
+            head, _, leaf = found.rpartition(".")
+            return f"{head}.{_SHORT[leaf]}" if leaf in _SHORT else found
+    return None
+
+
+def why_not(config: dict[str, Any], spec: PackedSpec) -> str | None:
+    """Why the native engine can't run a model of this kind; None if it can."""
+    if (reason := native.reason()) is not None:
+        return reason
+    kind = config.get("model_type")
+    family = FAMILIES.get(str(kind))
+    if family is None:
+        return f"model type {kind!r}: it runs {', '.join(FAMILIES)}"
+    if spec.numerics != "integer" or spec.activation_bits != 8 or spec.probability_bits != 32:
+        return "it runs integer numerics with 8-bit activations and float probabilities"
+    activation = config.get(family.attributes[4])
+    if activation not in native.ACTIVATIONS:
+        return f"activation {activation!r}: it runs {' and '.join(native.ACTIVATIONS)}"
+    if config.get("is_decoder") and kind not in ("bart", "mbart"):
+        return "is_decoder: it runs encoders, and BART's and mBART's decoders"
+    if kind == "albert" and (
+        config["inner_group_num"] != 1 or config["num_hidden_layers"] % config["num_hidden_groups"]
+    ):
+        return "layer groups of several or of unequal numbers of layers"
+    own = {n: m for n, m in spec.modules.items() if m.tied_to is None}
+    names = {name: native_name(family, name) for name in own}
+    tied = [name for name, m in spec.modules.items() if m.tied_to is not None]
+    if kind in ("bart", "mbart"):
+        if "lm_head" not in tied:
+            return "the vocabulary matrix or lm_head is in float: it runs packed ones"
+    elif tied or None in names.values():
+        outside = next(iter(tied), None) or next(name for name, found in names.items() if found is None)
+        return f"{outside} is packed: of encoders it runs the stack of layers, and heads stay in float"
+    layers = {found: m for name, m in own.items() if (found := names[name]) and m.kind == "linear"}
+    count = config["num_hidden_groups"] + 1 / 6 if kind == "albert" else config[family.attributes[2]]
+    expected = round(6 * count) + (10 * config["decoder_layers"] if kind in ("bart", "mbart") else 0)
+    if len(layers) != expected or any(m.granularity != "row" for m in layers.values()):
+        return f"{len(layers)} of {expected} linear layers are packed with a scale per column: it runs all or none"
+    if "shared" not in names.values():
+        return "the vocabulary matrix is in float: it runs packed ones"
+    for name, module in layers.items():
+        if name.endswith("k_proj") and module.bits != layers[name.replace("k_proj", "v_proj")].bits:
+            return f"{name} and its v_proj have different bits: it multiplies them together"
+        if name.endswith("self_attn.q_proj") and module.bits != layers[name.replace("q_proj", "k_proj")].bits:
+            return f"{name} and its k_proj have different bits: it multiplies them together"
+    return None
+
+
+def open_native(folder: Path, spec: PackedSpec, skeleton: Any) -> tuple[native.Model, dict[str, shards.TensorInfo]]:
+    """Check the folder's files and read the stacks into native memory; and the tensors that are not theirs.
+
+    Raises `FileNotFoundError` or `ValueError` naming file and tensor, as `dqbart.packed.verify.verify` does.
+    """
+    found = [shards.read_shard(file) for file in shards.shard_files(folder)]
+    check_files(found, expected_tensors(skeleton, spec), spec)
+    tensors = shards.merge(found)
+    family = FAMILIES[skeleton.config.model_type]
+    model = _seq2seq(skeleton) if skeleton.config.is_encoder_decoder else _encoder(skeleton)
+    for name, module in spec.modules.items():
+        if module.tied_to is not None:
+            continue
+        words = shards.read_tensor(tensors.pop(f"{name}.weight"))
+        if module.layout == "trits":
+            words = as_words(pack(unpack_trits(as_bytes(words), module.shape[1]), 2))
+        bias = tensors.pop(f"{name}.bias", None)
+        model.set_matrix(
+            str(native_name(family, name)), FIELD_BITS[module.bits], module.shape, as_bytes(words).numpy(),
+            _floats(tensors.pop(f"{name}.weight_scale")), _floats(bias) if bias is not None else None,
+        )  # fmt: skip
+    for name in list(tensors):
+        parent, _, leaf = name.rpartition(".")
+        known = native_name(family, parent)
+        if known is not None or name == "final_logits_bias":
+            model.set_vector(f"{known}.{leaf}" if known else name, _floats(tensors.pop(name)))
+    model.finish()
+    return model, tensors
+
+
+def _seq2seq(skeleton: Any) -> native.Model:
+    c, before = skeleton.config, skeleton.config.model_type == "mbart"
+    parts = {name: getattr(skeleton.model, name) for name in ("encoder", "decoder")}
+    return native.Model(
+        dict(
+            d=c.d_model, heads=c.encoder_attention_heads, encoder_layers=c.encoder_layers,
+            decoder_layers=c.decoder_layers, encoder_ffn=c.encoder_ffn_dim, decoder_ffn=c.decoder_ffn_dim,
+            vocabulary=c.vocab_size, encoder_positions=parts["encoder"].embed_positions.weight.shape[0],
+            decoder_positions=parts["decoder"].embed_positions.weight.shape[0],
+            position_offset=parts["encoder"].embed_positions.offset, pre_norm=before, embedding_norm=True,
+            final_norm=before, head_bias=True, activation=native.ACTIVATIONS[c.activation_function],
+        ),
+        embed_scale=c.d_model**0.5 if c.scale_embedding else 1.0,
+        eps=parts["encoder"].layernorm_embedding.eps,
+    )  # fmt: skip
+
+
+def _encoder(skeleton: Any) -> native.Model:
+    c, embeddings = skeleton.config, skeleton.base_model.embeddings
+    width, heads, layers, ffn, activation = (getattr(c, name) for name in FAMILIES[c.model_type].attributes)
+    shared = c.model_type == "albert"
+    return native.Model(
+        dict(
+            d=width, heads=heads, encoder_layers=c.num_hidden_groups if shared else layers, encoder_steps=layers,
+            encoder_ffn=ffn, vocabulary=c.vocab_size, embedding_d=c.embedding_size if shared else width,
+            embedding_map=shared, encoder_positions=embeddings.position_embeddings.num_embeddings,
+            position_offset=first_position(c), token_types=getattr(c, "type_vocab_size", 0),
+            activation=native.ACTIVATIONS[activation],
+        ),
+        embed_scale=1.0,
+        eps=embeddings.LayerNorm.eps,
+    )  # fmt: skip
+
+
+def first_position(config: Any) -> int:
+    """Position of the first token: RoBERTa's count from behind the padding's."""
+    return int(config.pad_token_id) + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
+
+
+def _floats(info: shards.TensorInfo) -> native.F32:
+    return np.ascontiguousarray(shards.read_tensor(info).float().reshape(-1).numpy())
+
+
+def describe() -> str:
+    """One line for `dqbart doctor`."""
+    reason = native.reason()
+    if reason is not None:
+        return f"not available: {reason}"
+    forced = f", forced by {native.VARIABLE}" if os.environ.get(native.VARIABLE) else ""
+    return f"{native.chosen_instruction_set()}{forced} (this processor runs {', '.join(native.instruction_sets())})"
