@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/dqbart demo --out demo-out
@@ -19,6 +19,14 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# The native library under address and undefined-behaviour sanitizers; afterwards it is built again without.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+sanitize: $(STAMP)
+	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build_ext --inplace --force
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m pytest tests/test_cpu_products.py tests/test_cpu_engine.py tests/test_cpu_encoder.py
+	$(BIN)/python setup.py -q build_ext --inplace --force
 
 # torch first and by itself: a CPU build that is at hand stays the one that is used.
 $(STAMP): pyproject.toml constraints.txt

@@ -294,3 +294,34 @@ def test_refuses_a_state_dict_and_quantizing_at_load(bart: tuple[Any, Path], tmp
     tiny_seq2seq().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'dqbart' given at load: make a packed folder with dqbart compress"):
         auto(tmp_path, quantization_config=load_packed(bart[1]).config.quantization_config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("encoder_layers", 10**9, "encoder_layers 1000000000: expected a number of layers up to 1024"),
+        ("decoder_layers", [], r"decoder_layers \[\]: expected a number of layers"),
+        ("model_type", "bert", "model_type 'bert': BartForConditionalGeneration expects 'bart'"),
+    ],
+)
+def test_refuses_configs_that_build_something_else(folder: Path, field: str, value: Any, words: str) -> None:
+    edit_config(folder, lambda config: config.update({field: value}))
+    refuses(folder, words, via_transformers=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "generation_config.json: not valid JSON"),
+        ("[]", "generation_config.json: expected an object, found list"),
+        ('{"decoder_start_token_id": 2147483648}', "decoder_start_token_id 2147483648: not a value that generate"),
+        ('{"bad_words_ids": [[3], [-1]]}', "bad_words_ids"),
+        ('{"num_beams": "4"}', "num_beams '4'"),
+        ('{"length_penalty": {}}', "length_penalty {}"),
+        ('{"early_stopping": "soon"}', "early_stopping 'soon'"),
+    ],
+)
+def test_refuses_a_damaged_generation_config(folder: Path, text: str, words: str) -> None:
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        load_packed(folder)

@@ -17,7 +17,7 @@ import torch
 
 from dqbart.data.decoding import IMPLEMENTATION_SETTINGS, SAMPLING_SETTINGS
 from dqbart.engines.native import open_native, why_not
-from dqbart.packed.verify import build_skeleton, read_config, read_spec
+from dqbart.packed.verify import build_skeleton, read_config, read_generation_config, read_spec
 
 log = logging.getLogger("dqbart")
 
@@ -56,18 +56,14 @@ class CpuModel:
         if reason is not None:
             raise ValueError(f"engine 'cpu' can't run {folder}: {reason}; use engine 'torch'")
         self._skeleton = build_skeleton(self.folder, config, spec)
-        self._read_generation_config()
+        self._skeleton.generation_config = (
+            read_generation_config(self.folder, config) or self._skeleton.generation_config
+        )
         self.config = self._skeleton.config
         self.native, _ = open_native(self.folder, spec, self._skeleton)
         self.threads = threads or torch.get_num_threads()
         self._torch_model: Any = None
         self._said: set[str] = set()
-
-    def _read_generation_config(self) -> None:
-        from transformers import GenerationConfig
-
-        if (self.folder / "generation_config.json").is_file():
-            self._skeleton.generation_config = GenerationConfig.from_pretrained(str(self.folder))
 
     @property
     def generation_config(self) -> Any:

@@ -140,7 +140,7 @@ def open_native(folder: Path, spec: PackedSpec, skeleton: Any) -> tuple[native.M
     check_files(found, expected_tensors(skeleton, spec), spec)
     tensors = shards.merge(found)
     family = FAMILIES[skeleton.config.model_type]
-    model = _seq2seq(skeleton) if skeleton.config.is_encoder_decoder else _encoder(skeleton)
+    model = _seq2seq(skeleton) if skeleton.config.model_type in ("bart", "mbart") else _encoder(skeleton)
     for name, module in spec.modules.items():
         if module.tied_to is not None:
             continue

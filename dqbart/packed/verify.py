@@ -20,6 +20,11 @@ from dqbart.packed.skeleton import expected_tensors, swap_modules
 from dqbart.packed.spec import PackedSpec
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+MOST_LAYERS = 1024
+_COUNTS = frozenset(
+    "encoder_layers decoder_layers num_hidden_layers n_layers num_hidden_groups inner_group_num".split()
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "dqbart":
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise ValueError(f"{file}: quant_method {method!r}: expected 'dqbart'; make the folder with dqbart compress")
+    for name in _COUNTS & config.keys():
+        if type(config[name]) is not int or not 0 <= config[name] <= MOST_LAYERS:
+            raise ValueError(f"{file}: {name} {config[name]!r}: expected a number of layers up to {MOST_LAYERS}")
     return config  # type: ignore[no-any-return]
 
 
@@ -91,7 +99,49 @@ def model_class(folder: Path, config: dict[str, Any]) -> Any:
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise ValueError(f"{folder / CONFIG}: architectures {names!r}: expected one model class of transformers")
+    kind = config.get("model_type")
+    expected = found.config_class.model_type  # type: ignore[attr-defined]
+    if kind != expected:
+        raise ValueError(f"{folder / CONFIG}: model_type {kind!r}: {name} expects {expected!r}")
     return found
+
+
+def read_generation_config(folder: Path, config: dict[str, Any]) -> Any:
+    """transformers' `GenerationConfig` of a folder, checked; None if it has none. Raises `ValueError`."""
+    from transformers import GenerationConfig
+
+    file = folder / GENERATION_CONFIG
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected an object, found {type(values).__name__}")
+    defaults = GenerationConfig._get_default_generation_params()
+    for name, value in values.items():
+        if not _fits(name, value, defaults.get(name), config.get("vocab_size")):
+            raise ValueError(f"{file}: {name} {value!r}: not a value that generate takes")
+    try:
+        return GenerationConfig.from_dict(values)
+    except Exception as error:  # it refuses combinations with errors of many kinds
+        raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
+
+
+def _fits(name: str, value: Any, default: Any, vocabulary: Any) -> bool:
+    """Whether a generation setting has a sound type, and token ids lie in the vocabulary."""
+    if value is None or name == "early_stopping" and value in (True, False, "never"):
+        return True
+    if name.endswith(("_token_id", "_tokens", "_ids")) and not name.startswith(("num_", "max_", "min_")):
+        values = value if isinstance(value, list) else [value]
+        flat = [item for part in values for item in (part if isinstance(part, list) else [part])]
+        return all(type(item) is int and 0 <= item < vocabulary for item in flat)
+    if isinstance(default, bool) or name.startswith("output_"):
+        return isinstance(value, bool)
+    if isinstance(default, int) or name in ("max_new_tokens", "min_new_tokens"):
+        return type(value) is int and 0 <= value < 2**31
+    return not isinstance(default, float) or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def build_skeleton(folder: Path, config: dict[str, Any], spec: PackedSpec) -> Any:
