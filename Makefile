@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types sanitize clean
+.PHONY: demo test lint types sanitize emulate clean
 
 demo: $(STAMP)
 	$(BIN)/dqbart demo --out demo-out
@@ -15,7 +15,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror kernels/dqbart_kernels/cpu/src/*
+	$(BIN)/clang-format --dry-run --Werror kernels/dqbart_kernels/cpu/src/* tests/native/*.cpp tests/native/simde/*
 
 types: $(STAMP)
 	$(BIN)/mypy
@@ -27,6 +27,10 @@ sanitize: $(STAMP)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/python -m pytest tests/test_cpu_products.py tests/test_cpu_engine.py tests/test_cpu_encoder.py
 	$(BIN)/python setup.py -q build_ext --inplace --force
+
+# Instruction sets that this processor lacks, in emulation.
+emulate:
+	tests/native/emulate.sh
 
 # torch first and by itself: a CPU build that is at hand stays the one that is used.
 $(STAMP): pyproject.toml constraints.txt

@@ -30,7 +30,7 @@ def load(
     import torch
 
     from dqbart.packed.checkpoint import load_packed
-    from dqbart.packed.verify import read_config, read_spec
+    from dqbart.packed.verify import read_config
 
     on_cpu = device is None or torch.device(device).type == "cpu"
     if engine == "cpu" and not (on_cpu and dtype in (None, torch.float32)):
@@ -38,17 +38,16 @@ def load(
     if engine == "cpu" or (engine == "auto" and on_cpu and dtype in (None, torch.float32)):
         from dqbart.engines.native import why_not
 
-        config = read_config(folder)
-        reason = why_not(config, read_spec(folder, config))
+        reason = why_not(folder)
         if reason is None or engine == "cpu":
-            return _load_native(folder, config["model_type"], threads)
+            return _load_native(folder, read_config(folder).get("model_type"), threads)
         log.info("engine torch, since the native one can't: %s", reason)
     model = load_packed(folder, device=device, dtype=torch.float32 if dtype is None else dtype)
     log.info("engine torch: transformers' %s with packed modules on %s", type(model).__name__, model.device)
     return model
 
 
-def _load_native(folder: Path, model_type: str, threads: int | None) -> Any:
+def _load_native(folder: Path, model_type: Any, threads: int | None) -> Any:
     model: Any
     if model_type in ("bart", "mbart"):
         from dqbart.engines.cpu import CpuModel

@@ -50,11 +50,11 @@ class CpuModel:
 
     def __init__(self, folder: str | Path, *, threads: int | None = None) -> None:
         self.folder = Path(folder)
-        config = read_config(self.folder)
-        spec = read_spec(self.folder, config)
-        reason = why_not(config, spec)
+        reason = why_not(self.folder)
         if reason is not None:
             raise ValueError(f"engine 'cpu' can't run {folder}: {reason}; use engine 'torch'")
+        config = read_config(self.folder)
+        spec = read_spec(self.folder, config)
         self._skeleton = build_skeleton(self.folder, config, spec)
         self._skeleton.generation_config = (
             read_generation_config(self.folder, config) or self._skeleton.generation_config

@@ -119,11 +119,11 @@ def load_encoder(folder: str | Path, *, threads: int | None = None) -> Any:
     Raises `FileNotFoundError` or `ValueError`, one line, for a folder that doesn't fit.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    spec = read_spec(folder, config)
-    reason = why_not(config, spec)
+    reason = why_not(folder)
     if reason is not None:
         raise ValueError(f"engine 'cpu' can't run {folder}: {reason}; use engine 'torch'")
+    config = read_config(folder)
+    spec = read_spec(folder, config)
     model = build_skeleton(folder, config, spec)
     native, rest = open_native(folder, spec, model)
     base = model.base_model

@@ -18,7 +18,7 @@ from dqbart.packed import shards
 from dqbart.packed.layout import FIELD_BITS, as_bytes, as_words, pack, unpack_trits
 from dqbart.packed.skeleton import expected_tensors
 from dqbart.packed.spec import PackedSpec
-from dqbart.packed.verify import check_files
+from dqbart.packed.verify import check_files, model_config, read_config, read_spec
 
 _EMBEDDINGS = {
     r"embeddings\.word_embeddings": "shared",
@@ -88,24 +88,24 @@ def native_name(family: Family, name: str) -> str | None:
     return None
 
 
-def why_not(config: dict[str, Any], spec: PackedSpec) -> str | None:
-    """Why the native engine can't run a model of this kind; None if it can."""
+def why_not(folder: Path) -> str | None:
+    """Why the native engine can't run a packed folder; None if it can. Raises as `dqbart.packed.verify.verify` does."""
+    config = read_config(folder)
+    spec, c = read_spec(folder, config), model_config(folder, config)
     if (reason := native.reason()) is not None:
         return reason
-    kind = config.get("model_type")
-    family = FAMILIES.get(str(kind))
+    kind = c.model_type
+    family = FAMILIES.get(kind)
     if family is None:
         return f"model type {kind!r}: it runs {', '.join(FAMILIES)}"
     if spec.numerics != "integer" or spec.activation_bits != 8 or spec.probability_bits != 32:
         return "it runs integer numerics with 8-bit activations and float probabilities"
-    activation = config.get(family.attributes[4])
-    if activation not in native.ACTIVATIONS:
+    activation = getattr(c, family.attributes[4])
+    if not isinstance(activation, str) or activation not in native.ACTIVATIONS:
         return f"activation {activation!r}: it runs {' and '.join(native.ACTIVATIONS)}"
-    if config.get("is_decoder") and kind not in ("bart", "mbart"):
+    if getattr(c, "is_decoder", False) and kind not in ("bart", "mbart"):
         return "is_decoder: it runs encoders, and BART's and mBART's decoders"
-    if kind == "albert" and (
-        config["inner_group_num"] != 1 or config["num_hidden_layers"] % config["num_hidden_groups"]
-    ):
+    if kind == "albert" and (c.inner_group_num != 1 or c.num_hidden_layers % max(1, c.num_hidden_groups)):
         return "layer groups of several or of unequal numbers of layers"
     own = {n: m for n, m in spec.modules.items() if m.tied_to is None}
     names = {name: native_name(family, name) for name in own}
@@ -117,8 +117,8 @@ def why_not(config: dict[str, Any], spec: PackedSpec) -> str | None:
         outside = next(iter(tied), None) or next(name for name, found in names.items() if found is None)
         return f"{outside} is packed: of encoders it runs the stack of layers, and heads stay in float"
     layers = {found: m for name, m in own.items() if (found := names[name]) and m.kind == "linear"}
-    count = config["num_hidden_groups"] + 1 / 6 if kind == "albert" else config[family.attributes[2]]
-    expected = round(6 * count) + (10 * config["decoder_layers"] if kind in ("bart", "mbart") else 0)
+    expected = 6 * c.num_hidden_groups + 1 if kind == "albert" else 6 * getattr(c, family.attributes[2])
+    expected += 10 * c.decoder_layers if kind in ("bart", "mbart") else 0
     if len(layers) != expected or any(m.granularity != "row" for m in layers.values()):
         return f"{len(layers)} of {expected} linear layers are packed with a scale per column: it runs all or none"
     if "shared" not in names.values():

@@ -40,13 +40,12 @@ def bench(
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} {value!r}: expected at least 1")
-    config = read_config(Path(folder))
-    spec = read_spec(Path(folder), config)
+    spec = read_spec(Path(folder), read_config(Path(folder)))
     before = torch.get_num_threads()
     threads = threads or before
     torch.set_num_threads(threads)
     try:
-        engines = [engine for engine in ENGINES if engine != "cpu" or why_not(config, spec) is None]
+        engines = [engine for engine in ENGINES if engine != "cpu" or why_not(Path(folder)) is None]
         systems = {f"dqbart-{engine}": load(folder, engine=engine, threads=threads) for engine in engines}
         first = next(iter(systems.values()))
         if against is not None:

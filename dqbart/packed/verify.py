@@ -144,13 +144,22 @@ def _fits(name: str, value: Any, default: Any, vocabulary: Any) -> bool:
     return not isinstance(default, float) or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
-def build_skeleton(folder: Path, config: dict[str, Any], spec: PackedSpec) -> Any:
-    """The packed model without data, on the meta device."""
+def model_config(folder: Path, config: dict[str, Any]) -> Any:
+    """transformers' configuration object, what the file leaves out filled in. Raises `ValueError`."""
     cls = model_class(folder, config)
     values = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
+        return cls.config_class.from_dict(values)
+    except Exception as error:  # a wrong value upsets it in any way it likes
+        raise ValueError(f"{folder / CONFIG}: {' '.join(str(error).split()) or repr(error)}") from None
+
+
+def build_skeleton(folder: Path, config: dict[str, Any], spec: PackedSpec) -> Any:
+    """The packed model without data, on the meta device."""
+    cls, settings = model_class(folder, config), model_config(folder, config)
+    try:
         with torch.device("meta"):
-            model = cls(cls.config_class.from_dict(values))
+            model = cls(settings)
         swap_modules(model, spec)
     except Exception as error:  # a wrong value in config.json upsets a model's constructor in any way it likes
         raise ValueError(f"{folder / CONFIG}: {' '.join(str(error).split()) or repr(error)}") from None
