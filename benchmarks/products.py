@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -98,12 +98,43 @@ def _integer_matmul(codes_NK: Tensor, bits: int) -> tuple[Product, int]:
     return operand.matmul, width * codes_NK.nbytes
 
 
+def _no_native(device: torch.device) -> str | None:
+    from dqbart_kernels import cpu
+
+    return "runs on CPU only" if device.type != "cpu" else cpu.reason()
+
+
+def _native(codes_NK: Tensor, bits: int) -> tuple[Product, int]:
+    """The native engine's product alone. The last activations stay loaded: in the engine they come with their sums."""
+    import numpy as np
+    import torch
+    from dqbart_kernels import cpu
+    from dqbart_kernels.cpu.products import Product as NativeProduct
+    from dqbart_kernels.cpu.products import pack
+
+    from dqbart.packed import layout
+
+    n, k = codes_NK.shape
+    packed = pack(layout.pack(codes_NK, bits).numpy(), (n, k), bits)
+    loaded: list[Any] = [None, None]
+
+    def product(a_MK: Tensor) -> Tensor:
+        if loaded[0] is not a_MK:
+            scales, isa = (np.ones(n, np.float32), np.ones(len(a_MK), np.float32)), cpu.chosen_instruction_set()
+            made = NativeProduct(isa, packed, bits, scales[0], a_MK.numpy(), scales[1], torch.get_num_threads())
+            loaded[:] = a_MK, made
+        return torch.from_numpy(loaded[1].run())
+
+    return product, packed.nbytes
+
+
 KERNELS = [  # the baseline first
     Kernel("torch fp32", (32,), "fp32", "float32", _float_linear("float32"), tolerance=1e-6),
     Kernel("torch bf16", (16,), "bf16", "bfloat16", _float_linear("bfloat16"), tolerance=2**-8),
     Kernel("torch _int_mm", (8,), "int8", "int8", _int_mm),
     Kernel("fbgemm dynamic", (8,), "int8", "float32", _fbgemm_dynamic, tolerance=0.05, missing=_no_fbgemm),
     Kernel("dqbart integer_matmul", (8, 4, 2, 1), "int8", "float32", _integer_matmul),
+    Kernel("dqbart cpu", (8, 4, 2, 1), "int8", "int8", _native, missing=_no_native),
 ]
 
 

@@ -23,7 +23,7 @@ def random_codes(rng: np.random.Generator, shape: tuple[int, int], bits: int) ->
 
 def product(
     isa: str, codes: cpu.I8, bits: int, a: cpu.I8, w_scale: cpu.F32 | None = None, a_scale: cpu.F32 | None = None,
-    threads: int = 1, gelu: bool = False, integers: bool = False,
+    threads: int = 1, activation: str | None = None, integers: bool = False,
 ) -> cpu.F32 | cpu.I32:  # fmt: skip
     ones = np.ones(max(len(codes), len(a)), np.float32)
     w_scale, a_scale = (
@@ -31,7 +31,8 @@ def product(
         ones[: len(a)] if a_scale is None else a_scale,
     )
     planar = layout.pack(torch.from_numpy(codes), bits).numpy()
-    return Product(isa, pack(planar, codes.shape, bits), bits, w_scale, a, a_scale).run(threads, gelu, integers)
+    packed = pack(planar, (len(codes), codes.shape[1]), bits)
+    return Product(isa, packed, bits, w_scale, a, a_scale, threads).run(activation, integers)
 
 
 @pytest.mark.parametrize("isa", SETS)
@@ -72,9 +73,13 @@ def test_any_shape(isa: str, n: int, k: int, m: int, bits: int, threads: int, se
 
 
 @pytest.mark.parametrize("isa", SETS)
-def test_gelu_is_the_exact_one(isa: str) -> None:
-    """Products whose values run through GELU's whole range; erf in float64 is the reference."""
-    from math import erf
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+def test_gelu(isa: str, activation: str) -> None:
+    """Products whose values run through GELU's whole range; the formula in float64 is the reference."""
+    from math import erf, pi, tanh
+
+    def factor(v: float) -> float:
+        return erf(v / 2**0.5) if activation == "gelu" else tanh((2 / pi) ** 0.5 * (v + 0.044715 * v**3))
 
     a = np.zeros((255, 64), np.int8)
     a[:, 0] = np.arange(-127, 128)
@@ -82,8 +87,8 @@ def test_gelu_is_the_exact_one(isa: str) -> None:
     codes[:, 0] = 1
     scale = np.linspace(0.001, 0.2, 16, dtype=np.float32)
     x = a[:, :1].astype(np.float32) * scale
-    want = np.array([[v * 0.5 * (1 + erf(v / 2**0.5)) for v in row] for row in x.astype(np.float64)])
-    got = product(isa, codes, 8, a, w_scale=scale, gelu=True)
+    want = np.array([[v * 0.5 * (1 + factor(v)) for v in row] for row in x.astype(np.float64)])
+    got = product(isa, codes, 8, a, w_scale=scale, activation=activation)
     assert np.abs(got - want).max() < 2e-6 and np.abs((got - want)[x > 0] / want[x > 0]).max() < 5e-7
 
 

@@ -29,7 +29,9 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(matmul, "ARRAY", 1024)
     monkeypatch.setattr(matmul, "SIDE", {"cpu": 32})
     monkeypatch.setattr(matmul, "SPAN", 1e-5)
-    monkeypatch.setattr(matmul, "KERNELS", [KERNELS[0], KERNELS[-1]])
+    monkeypatch.setattr(
+        matmul, "KERNELS", [kernel for kernel in KERNELS if kernel.name in ("torch fp32", "dqbart integer_matmul")]
+    )
     threads, out = torch.get_num_threads(), tmp_path / "matmul.json"
 
     def run(*arguments):
@@ -51,7 +53,7 @@ def test_kernels_are_right_on_ragged_shapes(kernel, m):
         codes, a = random_codes(37, 72, min(bits, 8)), random_activations(m, 72)
         product, weight_bytes = kernel.make(codes, bits)
         assert error_of(product(a.to(getattr(torch, kernel.activations))), a, codes) <= kernel.tolerance
-        assert weight_bytes >= codes.numel()
+        assert weight_bytes >= codes.numel() * min(bits, 8) / 8
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2, 1])

@@ -4,7 +4,7 @@ import ctypes
 
 import numpy as np
 
-from dqbart_kernels.cpu import F32, I8, I32, U8, _check, _load, _pointer
+from dqbart_kernels.cpu import ACTIVATIONS, F32, I8, I32, U8, _check, _load, _pointer
 
 ALIGN = 64  # bytes that rows of int8 activations are padded to
 
@@ -37,12 +37,14 @@ def quantize(isa: str, x_MK: F32) -> tuple[I8, F32, I32]:
 
 
 class Product:
-    """y [M, N] = codes of activations [M, K] times weights; buffers are kept, so that `run` only multiplies.
+    """y [M, N] = codes of activations [M, K] times weights; buffers and threads are kept, so `run` only multiplies.
 
     `packed`: what `pack` gives for a weight [N, K]; N is the length of its scales.
     """
 
-    def __init__(self, isa: str, packed: U8, bits: int, w_scale_N: F32, a_MK: I8, a_scale_M: F32) -> None:
+    def __init__(
+        self, isa: str, packed: U8, bits: int, w_scale_N: F32, a_MK: I8, a_scale_M: F32, threads: int = 1
+    ) -> None:
         self.isa, self.bits = isa.encode(), bits
         self.n = len(w_scale_N)
         self.m, self.k = a_MK.shape
@@ -55,16 +57,24 @@ class Product:
         self.total = self.a.sum(1, dtype=np.int32)
         self.w_scale, self.a_scale = np.ascontiguousarray(w_scale_N), np.ascontiguousarray(a_scale_M)
         self.y = np.empty((self.m, self.n), np.float32)
+        self._pool = ctypes.c_void_p(_load().dq_pool_new(threads))
+        if not self._pool:
+            _check(1)
 
-    def run(self, threads: int = 1, gelu: bool = False, integers: bool = False) -> F32 | I32:
-        """`integers`: the int32 accumulators [M, N] instead."""
+    def __del__(self) -> None:
+        if getattr(self, "_pool", None):
+            _load().dq_pool_free(self._pool)
+
+    def run(self, activation: str | None = None, integers: bool = False) -> F32 | I32:
+        """`activation`: a name in `ACTIVATIONS`. `integers`: the int32 accumulators [M, N] instead."""
         exact = np.empty((self.m, self.n), np.int32) if integers else None
         _check(
             _load().dq_product(
-                self.isa, threads, self.n, self.k, self.bits, _pointer(self.packed, np.uint8),
+                self.isa, self._pool, self.n, self.k, self.bits, _pointer(self.packed, np.uint8),
                 _pointer(self.w_scale, np.float32, (self.n,)), self.m, _pointer(self.a, np.int8), self.lda,
-                _pointer(self.a_scale, np.float32, (self.m,)), _pointer(self.total, np.int32), int(gelu),
-                _pointer(self.y, np.float32), _pointer(exact, np.int32) if exact is not None else ctypes.c_void_p(),
+                _pointer(self.a_scale, np.float32, (self.m,)), _pointer(self.total, np.int32),
+                ACTIVATIONS[activation] if activation else 0, _pointer(self.y, np.float32),
+                _pointer(exact, np.int32) if exact is not None else ctypes.c_void_p(),
             )
         )  # fmt: skip
         return self.y if exact is None else exact

@@ -1,5 +1,6 @@
 // The C interface that Python calls through ctypes. Nothing throws across it: a call that fails returns nonzero and
 // dq_error() says why. Every index that reaches a table is checked here.
+#include <algorithm>
 #include <cstring>
 #include <exception>
 #include <stdexcept>
@@ -230,15 +231,22 @@ DQ_API int dq_quantize(const char* instruction_set, const float* x, int m, int k
   });
 }
 
-DQ_API int dq_product(const char* instruction_set, int threads, int n, int k, int bits, const uint8_t* data,
+DQ_API Pool* dq_pool_new(int threads) {
+  Pool* pool = nullptr;
+  guarded([&] { pool = new Pool(threads); });
+  return pool;
+}
+
+DQ_API void dq_pool_free(Pool* pool) { delete pool; }
+
+DQ_API int dq_product(const char* instruction_set, Pool* pool, int n, int k, int bits, const uint8_t* data,
                       const float* w_scale, int m, const int8_t* codes, int lda, const float* scale, const int32_t* sum,
                       int activation, float* y, int32_t* integers) {
   return guarded([&] {
     const Kernels* kernels = find_kernels(instruction_set);
     const Packed w = {n, k, bits, data, w_scale};
-    const int panels = (n + kColumns - 1) / kColumns, tasks = panels < 4 * threads ? panels : 4 * threads;
-    Pool pool(threads);
-    pool.run(tasks, [&](int i) {
+    const int panels = (n + kColumns - 1) / kColumns, tasks = std::min(panels, 4 * pool->threads());
+    pool->run(tasks, [&](int i) {
       kernels->product(w, {codes, scale, sum, m, lda}, panels * i / tasks, panels * (i + 1) / tasks, y, n,
                        {nullptr, nullptr, activation}, integers);
     });
