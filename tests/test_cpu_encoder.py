@@ -185,3 +185,17 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     file.write_bytes(bytes(data))
     with pytest.raises(ValueError, match="model.safetensors"):
         load(folder)
+
+
+def test_bench_times_a_forward_pass(tmp_path: Path) -> None:
+    from dqbart.evaluation.bench import bench, lines
+
+    model = base_of("roberta")
+    model.save_pretrained(tmp_path / "float")
+    folder = saved(model, tmp_path / "m")
+    found = bench(folder, against=str(tmp_path / "float"), source_length=20, rounds=1, threads=1)
+    assert [row["system"] for row in found["rows"]] == ["dqbart-cpu", "dqbart-torch", "transformers-fp32"]
+    assert {(row["mode"], row["layers"], row["tokens"]) for row in found["rows"]} == {("forward", "3", 0)}
+    assert "no new ones" in lines(found)[0]
+    with pytest.raises(ValueError, match="source_length 63, .*: the model has 62 positions"):
+        bench(folder, source_length=63)

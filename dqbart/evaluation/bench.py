@@ -1,8 +1,8 @@
 """How fast is this folder here? Its engines, and whatever it is held against, side by side on this machine.
 
 Engines take turns on the same random sources, so that noise hits all alike, and every one must write the same number
-of tokens: the shortest and the longest length are forced equal. Medians and ratios within a round are reported, never
-a best run. benchmarks/latency.py is the larger version, with other people's engines.
+of tokens: the shortest and the longest length are forced equal. Encoders make one forward pass. Medians and ratios
+within a round are reported, never a best run. benchmarks/latency.py is the larger version, with other people's engines.
 """
 
 import statistics
@@ -24,7 +24,8 @@ def bench(
     threads: int | None = None,
     rounds: int = 5,
 ) -> dict[str, Any]:
-    """Milliseconds per `generate` for every engine of `folder` and, in fp32, for the checkpoint `against`.
+    """Milliseconds per `generate`, of encoders per forward pass, for every engine of `folder` and, in fp32, for the
+    checkpoint `against`.
 
     Returns {"rows", "environment"}, rows as of benchmarks/latency.py: system, bits, layers, mode, source, batch,
     threads, tokens, median_ms, spread_ms and ratio, the time over that of the folder's first engine, round by round.
@@ -33,7 +34,7 @@ def bench(
     import torch
 
     from dqbart.engines import ENGINES, load
-    from dqbart.engines.native import why_not
+    from dqbart.engines.native import first_position, why_not
     from dqbart.packed.verify import read_config, read_spec
 
     counts = {"source_length": source_length, "new_tokens": new_tokens, "batch_size": batch_size, "rounds": rounds}
@@ -48,17 +49,17 @@ def bench(
         engines = [engine for engine in ENGINES if engine != "cpu" or why_not(Path(folder)) is None]
         systems = {f"dqbart-{engine}": load(folder, engine=engine, threads=threads) for engine in engines}
         first = next(iter(systems.values()))
+        writes = first.config.is_encoder_decoder
         if against is not None:
-            from dqbart.teacher import load_teacher
-
-            systems["transformers-fp32"] = load_teacher(against, None, "cpu")[0].eval()
-        room = first.config.max_position_embeddings
+            systems["transformers-fp32"] = _in_fp32(against, None if writes else type(systems["dqbart-torch"]))
+        room = first.config.max_position_embeddings - (0 if writes else first_position(first.config))
+        new_tokens = new_tokens if writes else 0
         if source_length > room or new_tokens >= room:
             raise ValueError(f"source_length {source_length}, new_tokens {new_tokens}: the model has {room} positions")
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(4, first.config.vocab_size, (batch_size, source_length), generator=generator)
         rows = []
-        for width in beams:
+        for width in beams if writes else (0,):
             seconds = _interleaved(systems, ids, width, new_tokens, rounds)
             rows += [
                 _row(name, systems[name], _bits(spec), times, seconds, ids, width, new_tokens, threads)
@@ -69,8 +70,19 @@ def bench(
     return {"rows": rows, "environment": environment()}
 
 
+def _in_fp32(checkpoint: str, cls: Any) -> Any:
+    """The checkpoint in transformers, as this class or as the teacher that it is."""
+    import torch
+
+    from dqbart.teacher import load_teacher
+
+    if cls is None:
+        return load_teacher(checkpoint, None, "cpu")[0].eval()
+    return cls.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
 def _interleaved(systems: dict[str, Any], ids: Any, beams: int, new_tokens: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds per system; the first turn of each warms up and is not counted."""
+    """Seconds per system; the first turn of each warms up and is not counted. `beams` 0: a forward pass."""
     import torch
 
     settings: dict[str, Any] = dict(
@@ -81,10 +93,11 @@ def _interleaved(systems: dict[str, Any], ids: Any, beams: int, new_tokens: int,
     for turn in range(rounds + 1):
         for name, model in systems.items():
             start = time.perf_counter()
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             with torch.no_grad():
-                out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+                out = model.generate(**inputs, **settings) if beams else model(**inputs)
             took = time.perf_counter() - start
-            if out.shape[1] != new_tokens + 1:
+            if beams and out.shape[1] != new_tokens + 1:
                 raise RuntimeError(f"{name} wrote {out.shape[1] - 1} tokens, expected {new_tokens}: not comparable")
             if turn:
                 seconds[name].append(took)
@@ -97,13 +110,14 @@ def _row(
 ) -> dict[str, Any]:  # fmt: skip
     config = model.config
     reference = next(iter(seconds.values()))
+    layers = f"{config.encoder_layers}-{config.decoder_layers}" if beams else str(config.num_hidden_layers)
     return {
         "device": "cpu",
-        "shape": f"width {config.d_model}",
-        "layers": f"{config.encoder_layers}-{config.decoder_layers}",
+        "shape": f"width {config.hidden_size}",
+        "layers": layers,
         "system": name,
         "bits": bits if name.startswith("dqbart") else None,
-        "mode": "greedy" if beams == 1 else f"beam{beams}",
+        "mode": "forward" if beams == 0 else "greedy" if beams == 1 else f"beam{beams}",
         "source": ids.shape[1],
         "batch": ids.shape[0],
         "threads": threads,
@@ -125,7 +139,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     """The rows for a person."""
     first = found["rows"][0]
     head = (
-        f"source {first['source']} tokens, {first['tokens']} new ones, batch {first['batch']}, "
+        f"source {first['source']} tokens, {first['tokens'] or 'no'} new ones, batch {first['batch']}, "
         f"{first['threads']} threads, medians of rounds in turns; ratio: time over the first's"
     )
     return [head] + [
