@@ -305,3 +305,10 @@ def test_the_binding_checks_names_shapes_and_dtypes() -> None:
         model.encode([np.zeros(3, np.int32)], 1)
     with pytest.raises(ValueError, match="heads must divide the width"):
         cpu.Model(model.sizes | {"heads": 5}, 1.0, 1e-5)
+
+
+def test_stacks_with_different_numbers_of_heads_run_in_torch(tmp_path: Path) -> None:
+    folder = save_packed(prepare(tiny_seq2seq(decoder_attention_heads=2), "2-2-8"), tmp_path / "m")
+    assert not isinstance(load(folder), CpuModel)
+    with pytest.raises(ValueError, match="different numbers of heads"):
+        load(folder, engine="cpu")

@@ -299,8 +299,10 @@ def test_refuses_a_state_dict_and_quantizing_at_load(bart: tuple[Any, Path], tmp
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("encoder_layers", 10**9, "encoder_layers 1000000000: expected a number of layers up to 1024"),
-        ("decoder_layers", [], r"decoder_layers \[\]: expected a number of layers"),
+        ("encoder_layers", 10**9, "encoder_layers 1000000000: expected a whole number from 0 to 1024"),
+        ("decoder_layers", [], r"decoder_layers \[\]: expected a whole number"),
+        ("decoder_attention_heads", -1, "decoder_attention_heads -1: expected a whole number from 1 to 1024"),
+        ("is_encoder_decoder", False, "is_encoder_decoder False: not what BartForConditionalGeneration is"),
         ("model_type", "bert", "model_type 'bert': BartForConditionalGeneration expects 'bart'"),
     ],
 )

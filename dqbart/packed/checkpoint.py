@@ -21,7 +21,7 @@ import torch
 from dqbart.packed import hook, shards
 from dqbart.packed.skeleton import round_floats_, spec_of, stored_tensors, swap_modules
 from dqbart.packed.spec import PackedSpec
-from dqbart.packed.verify import model_class, read_config, read_generation_config, read_spec
+from dqbart.packed.verify import model_class, model_config, read_config, read_generation_config, read_spec
 
 __all__ = ["load_packed", "round_floats_", "save_packed", "size_table"]
 
@@ -84,6 +84,7 @@ def load_packed(folder: str | Path, device: Any = None, dtype: torch.dtype = tor
     config = read_config(folder)
     read_spec(folder, config)
     shards.shard_files(folder)
+    model_config(folder, config)
     read_generation_config(folder, config)
     hook.install()
     model = model_class(folder, config).from_pretrained(str(folder), dtype=dtype, local_files_only=True)

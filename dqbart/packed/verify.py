@@ -21,10 +21,11 @@ from dqbart.packed.spec import PackedSpec
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-MOST_LAYERS = 1024
-_COUNTS = frozenset(
+MOST = 1024  # of layers, and of heads
+_LAYERS = frozenset(
     "encoder_layers decoder_layers num_hidden_layers n_layers num_hidden_groups inner_group_num".split()
 )
+_HEADS = frozenset("encoder_attention_heads decoder_attention_heads num_attention_heads n_heads".split())
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "dqbart":
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise ValueError(f"{file}: quant_method {method!r}: expected 'dqbart'; make the folder with dqbart compress")
-    for name in _COUNTS & config.keys():
-        if type(config[name]) is not int or not 0 <= config[name] <= MOST_LAYERS:
-            raise ValueError(f"{file}: {name} {config[name]!r}: expected a number of layers up to {MOST_LAYERS}")
+    for name in (_LAYERS | _HEADS) & config.keys():
+        least = 1 if name in _HEADS else 0
+        if type(config[name]) is not int or not least <= config[name] <= MOST:
+            raise ValueError(f"{file}: {name} {config[name]!r}: expected a whole number from {least} to {MOST}")
     return config  # type: ignore[no-any-return]
 
 
@@ -149,9 +151,13 @@ def model_config(folder: Path, config: dict[str, Any]) -> Any:
     cls = model_class(folder, config)
     values = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
-        return cls.config_class.from_dict(values)
+        settings = cls.config_class.from_dict(values)
     except Exception as error:  # a wrong value upsets it in any way it likes
         raise ValueError(f"{folder / CONFIG}: {' '.join(str(error).split()) or repr(error)}") from None
+    for name in ("is_encoder_decoder", "is_decoder"):
+        if getattr(settings, name, False) != getattr(cls.config_class(), name, False):
+            raise ValueError(f"{folder / CONFIG}: {name} {getattr(settings, name)!r}: not what {cls.__name__} is")
+    return settings
 
 
 def build_skeleton(folder: Path, config: dict[str, Any], spec: PackedSpec) -> Any:
