@@ -24,6 +24,18 @@ def test_values_are_those_of_float64_rounded_once() -> None:
     assert not torch.equal(want, F.layer_norm(x, (37,), norm.weight, norm.bias, norm.eps))  # or nothing was tested
 
 
+def test_albert_s_gelu_is_the_one_by_tanh() -> None:
+    from transformers.activations import NewGELUActivation
+
+    model, x = nn.Sequential(NewGELUActivation()), torch.linspace(-5, 5, 99)
+    before = model(x)
+    round_once(model)
+    assert torch.equal(model(x), F.gelu(x.double(), approximate="tanh").float())
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-6)
+    round_as_before(model)
+    assert type(model[0]) is NewGELUActivation and vars(model[0]).keys() == vars(NewGELUActivation()).keys()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_half(dtype: torch.dtype) -> None:
     norm = nn.LayerNorm(8).to(dtype)
@@ -43,7 +55,7 @@ def test_with_gradient_nothing_changes() -> None:
     assert rounded.weight.grad is not None and x.grad is not None
 
 
-@pytest.mark.parametrize("kind", ["bart", "mbart", "bert", "distilbert"])
+@pytest.mark.parametrize("kind", ["bart", "mbart", "bert", "distilbert", "albert"])
 def test_it_finds_every_one_and_is_undone(kind: str) -> None:
     model = tiny_seq2seq(kind) if kind.endswith("bart") else tiny_encoder(kind)
     classes = {name: type(module) for name, module in model.named_modules()}

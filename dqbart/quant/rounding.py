@@ -29,13 +29,12 @@ class RoundedOnceLayerNorm(nn.LayerNorm):
 class RoundedOnceGELU(nn.Module):
     """transformers' `GELUActivation` and `NewGELUActivation` (by tanh); without gradient computed in float64."""
 
-    rounded_class: type
+    approximate = "none"
 
     def forward(self, input: Tensor) -> Tensor:
-        approximate = _GELU[self.rounded_class.__name__]
         if torch.is_grad_enabled() and input.requires_grad:
-            return F.gelu(input, approximate=approximate)
-        return F.gelu(input.double(), approximate=approximate).to(input.dtype)
+            return F.gelu(input, approximate=self.approximate)
+        return F.gelu(input.double(), approximate=self.approximate).to(input.dtype)
 
 
 def round_once(model: Any) -> None:
@@ -45,7 +44,7 @@ def round_once(model: Any) -> None:
         if old is nn.LayerNorm:
             module.__class__ = RoundedOnceLayerNorm
         elif old.__module__ == "transformers.activations" and old.__name__ in _GELU:
-            module.__class__, module.rounded_class = RoundedOnceGELU, old
+            module.__class__, module.rounded_class, module.approximate = RoundedOnceGELU, old, _GELU[old.__name__]
 
 
 def round_as_before(model: Any) -> None:
@@ -56,3 +55,4 @@ def round_as_before(model: Any) -> None:
             module.__class__ = nn.LayerNorm
         elif kind is RoundedOnceGELU:
             module.__class__ = module.__dict__.pop("rounded_class")
+            del module.approximate
