@@ -312,3 +312,17 @@ def test_stacks_with_different_numbers_of_heads_run_in_torch(tmp_path: Path) -> 
     assert not isinstance(load(folder), CpuModel)
     with pytest.raises(ValueError, match="different numbers of heads"):
         load(folder, engine="cpu")
+
+
+@pytest.mark.parametrize("kind", ["bart", "mbart"])
+def test_heads_as_wide_as_a_panel(kind: str, tmp_path: Path) -> None:
+    """Projections of such heads lie head by head, those of others row by row."""
+    model = tiny_seq2seq(kind, encoder_attention_heads=2, decoder_attention_heads=2)
+    folder = save_packed(prepare(model, "2-2-8"), tmp_path / "m")
+    fast, slow, batch = CpuModel(folder, threads=2), load_packed(folder), token_batch(LENGTHS)
+    sources = [row[:n].to(torch.int32).numpy() for row, n in zip(batch["input_ids"], LENGTHS, strict=True)]
+    with torch.no_grad():
+        want = slow.get_encoder()(**batch).last_hidden_state.numpy()
+    check_equal(fast.native.encode(sources, 2), [row[:n] for row, n in zip(want, LENGTHS, strict=True)])
+    settings = {"max_length": 12, "num_beams": 3}
+    assert torch.equal(fast.generate(**batch, **settings), slow.generate(**batch, **settings))

@@ -59,6 +59,26 @@ void Passes::linear(const Linear& linear, const Quantized& x, float* y, int acti
   });
 }
 
+void Passes::linear_by_head(const Linear& linear, const Quantized& x, float* y) {
+  const int hd = model.head_d(), panels = hd / kColumns, heads = linear.n / hd;
+  if (hd % kColumns) return this->linear(linear, x, y, kNone, nullptr);
+  const Packed w = linear.packed();
+  const int row_blocks = (x.m + kRowBlock - 1) / kRowBlock;
+  pool.run(row_blocks * heads, [&](int i) {
+    const int row = i / heads * kRowBlock, head = i % heads;
+    float* out = y + (static_cast<int64_t>(head) * x.m + row) * hd - head * hd;  // product() writes at its own column
+    model.kernels.product(w, x.rows(row, std::min(kRowBlock, x.m - row)), head * panels, (head + 1) * panels, out, hd,
+                          {linear.bias.data(), nullptr, kNone}, nullptr);
+  });
+}
+
+Passes::HeadRows Passes::head_rows(const float* y, int m, int projections, int which, int head, int first) const {
+  const int hd = model.head_d(), block = which * model.config.heads + head;
+  const int64_t width = static_cast<int64_t>(projections) * model.config.d;
+  if (hd % kColumns) return {y + first * width + block * hd, width};
+  return {y + (static_cast<int64_t>(block) * m + first) * hd, hd};
+}
+
 void Passes::embed(const Stack& stack, const int32_t* tokens, const int32_t* types, const int32_t* positions, int m,
                    float* h) {
   const int d = model.config.embedding_d;
@@ -112,10 +132,10 @@ void Passes::encode(const int32_t* tokens, const int32_t* types, const int32_t* 
     const float* x = h;
     if (c.pre_norm) norm(layer.self.norm, h, m, normed_.get()), x = normed_.get();
     quantize(x, m, d, input_);
-    linear(layer.self.qkv, input_, qkv, kNone, nullptr);
+    linear_by_head(layer.self.qkv, input_, qkv);
     pool.run(items * c.heads, [&](int i) {
       const int item = i / c.heads;
-      attend_source(qkv, starts[item], starts[item + 1] - starts[item], i % c.heads, mixed);
+      attend_source(qkv, m, starts[item], starts[item + 1] - starts[item], i % c.heads, mixed);
     });
     quantize(mixed, m, d, input_);
     linear(layer.self.out, input_, h, kNone, h);
@@ -138,10 +158,10 @@ void Passes::encode(const int32_t* tokens, const int32_t* types, const int32_t* 
   }
   quantize(h, m, d, input_);
   for (int l = 0; l < c.decoder_layers; ++l) {
-    linear(model.decoder.layers[l].cross.kv, input_, qkv, kNone, nullptr);
+    linear_by_head(model.decoder.layers[l].cross.kv, input_, qkv);
     pool.run(items * c.heads, [&](int i) {
       const int item = i / c.heads;
-      fill_source(qkv + static_cast<int64_t>(starts[item]) * 2 * d, l, i % c.heads, (*sources)[item]);
+      fill_source(qkv, m, starts[item], l, i % c.heads, (*sources)[item]);
     });
   }
 }
@@ -156,7 +176,7 @@ static void pack_keys(const int8_t* codes, int keys, int bytes, uint8_t* panels)
   }
 }
 
-void Passes::attend_source(const float* qkv, int first, int length, int head, float* out) const {
+void Passes::attend_source(const float* qkv, int m, int first, int length, int head, float* out) const {
   const Kernels& kernels = model.kernels;
   const int d = model.config.d, hd = model.head_d(), bytes = model.head_bytes();
   const size_t codes_size = static_cast<size_t>(length) * bytes;
@@ -173,10 +193,10 @@ void Passes::attend_source(const float* qkv, int first, int length, int head, fl
   float *mixture = scores + kScoreRows * width, *strip = mixture + kScoreRows * bytes;
   weights.reserve(static_cast<size_t>(kScoreRows) * width);
   int32_t* sum = sums.reserve(length);
-  const float* at = qkv + static_cast<int64_t>(first) * 3 * d + head * hd;
-  bool finite = kernels.quantize(at + d, 3 * d, length, hd, k, bytes, k_scale, sum);
-  finite &= kernels.quantize(at + 2 * d, 3 * d, length, hd, v, bytes, v_scale, sum);
-  finite &= kernels.quantize(at, 3 * d, length, hd, q, bytes, q_scale, sum);
+  const auto rows = [&](int which) { return head_rows(qkv, m, 3, which, head, first); };
+  bool finite = kernels.quantize(rows(1).at, rows(1).stride, length, hd, k, bytes, k_scale, sum);
+  finite &= kernels.quantize(rows(2).at, rows(2).stride, length, hd, v, bytes, v_scale, sum);
+  finite &= kernels.quantize(rows(0).at, rows(0).stride, length, hd, q, bytes, q_scale, sum);
   if (!finite)
     for (int i = 0; i < length; ++i) q_scale[i] = NAN;  // seen when the mixture is quantized
   pack_keys(k, length, bytes, panels.reserve(static_cast<size_t>(width) * bytes));
@@ -193,17 +213,17 @@ void Passes::attend_source(const float* qkv, int first, int length, int head, fl
   }
 }
 
-void Passes::fill_source(const float* kv, int layer, int head, Source& source) const {
-  const int d = model.config.d, hd = model.head_d(), bytes = model.head_bytes(), n = source.length;
+void Passes::fill_source(const float* kv, int m, int first, int layer, int head, Source& source) const {
+  const int hd = model.head_d(), bytes = model.head_bytes(), n = source.length;
   const size_t place = static_cast<size_t>(layer) * model.config.heads + head;
   Buffer<int8_t> codes;
   Buffer<int32_t> sum;
   float* k_scale = source.k_scale.get() + place * n;
-  const float* at = kv + head * hd;
-  bool finite = model.kernels.quantize(at, 2 * d, n, hd, codes.reserve(static_cast<size_t>(n) * bytes), bytes, k_scale,
-                                       sum.reserve(n));
+  const HeadRows keys = head_rows(kv, m, 2, 0, head, first), values = head_rows(kv, m, 2, 1, head, first);
+  bool finite = model.kernels.quantize(keys.at, keys.stride, n, hd, codes.reserve(static_cast<size_t>(n) * bytes),
+                                       bytes, k_scale, sum.reserve(n));
   pack_keys(codes.get(), n, bytes, source.k.get() + place * round_up(n, kColumns) * bytes);
-  finite &= model.kernels.quantize(at + d, 2 * d, n, hd, source.v.get() + place * n * bytes, bytes,
+  finite &= model.kernels.quantize(values.at, values.stride, n, hd, source.v.get() + place * n * bytes, bytes,
                                    source.v_scale.get() + place * n, sum.get());
   if (!finite) std::fill(k_scale, k_scale + n, NAN);
 }
