@@ -75,11 +75,16 @@ class Ledger:
         self._run = place.get(self._run) if self._run is not None else None
 
 
+def _without_place(argument: str) -> str:
+    """A path from the root says nothing to others: its last name stays."""
+    return f".../{Path(argument).name}" if argument.startswith("/") else argument
+
+
 def describe_run() -> dict[str, Any]:
     """Command, commit, date, versions and processor flags of this process."""
     script = Path(sys.argv[0]).name
     return {
-        "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{script}", *map(_without_place, sys.argv[1:])]),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "flags": _flags(),

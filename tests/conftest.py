@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from tiny_models import tiny_seq2seq
 
+# Where a shell started the tests in the background, interrupts are switched off, and for the processes under test too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the models are tiny: threads only wait for each other
 
 WORDS = "the a cat dog house sees likes big small red old new tree river bird walks reads book city night".split()
