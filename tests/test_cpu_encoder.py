@@ -114,6 +114,14 @@ def test_a_text_does_not_depend_on_its_batch(tmp_path: Path) -> None:
             assert torch.equal(alone[0], whole[i, :length])
 
 
+def test_a_batch_of_more_tokens_than_are_computed_at_once(tmp_path: Path) -> None:
+    folder = saved(base_of("bert"), tmp_path / "m")
+    fast, slow, batch = load(folder, threads=2), load_packed(folder), token_batch([60, 3, 64, *[50] * 40])
+    with torch.no_grad():
+        found, want = (real_rows(model(**batch).last_hidden_state, batch) for model in (fast, slow))
+    assert torch.equal(found, want)
+
+
 def test_albert_groups_and_widths(tmp_path: Path) -> None:
     """Two groups over four steps, an embedding as wide as the layers, and the exact GELU."""
     config = AlbertConfig(

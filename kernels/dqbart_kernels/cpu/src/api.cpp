@@ -13,6 +13,8 @@
 
 using namespace dq;
 
+constexpr int kTokensAtOnce = 1024;  // of an encoder's batch: the activations between its products stay in cache
+
 static thread_local std::string last_error;
 
 template <class Body>
@@ -129,7 +131,14 @@ DQ_API int dq_encode(const Model* model, int threads, const int32_t* tokens, con
                                                                          ": expected less than " +
                                                                          std::to_string(model->config.token_types));
     Pool pool(threads);
-    Passes(*model, pool).encode(tokens, types, starts, items, nullptr, hidden);
+    Passes passes(*model, pool);
+    for (int first = 0, last; first < items; first = last) {
+      std::vector<int32_t> group = {0};  // where its sources start
+      for (last = first; last < items && (last == first || starts[last + 1] - starts[first] <= kTokensAtOnce); ++last)
+        group.push_back(starts[last + 1] - starts[first]);
+      passes.encode(tokens + starts[first], types ? types + starts[first] : nullptr, group.data(), last - first,
+                    nullptr, hidden + static_cast<int64_t>(starts[first]) * model->config.d);
+    }
   });
 }
 
