@@ -2,9 +2,7 @@
 
 import copy
 import importlib.util
-import itertools
 import json
-import random
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,8 +14,7 @@ import report as benchmark_report
 from test_card import scored  # noqa: F401 (a fixture)
 
 from dqbart.cli import main
-from dqbart.evaluation import page, plots, sections
-from dqbart.evaluation.plots import Bar, Point
+from dqbart.evaluation import page, sections
 from dqbart.evaluation.report import build, model_points, read_models, report
 from dqbart.pipeline import Result
 
@@ -54,11 +51,6 @@ def put(folder: Path, values: dict[str, Any]) -> Path:
 def values(scored: Result) -> dict[str, Any]:  # noqa: F811
     """A real report.json, to be changed."""
     return copy.deepcopy(scored.report)
-
-
-def point(**changes: Any) -> Point:
-    known = dict(task="t", bits="2-2-8", layers="6-6", metric="BLEU", score=19.0, teacher_score=20.0, file_bytes=10)
-    return Point(**known | changes)
 
 
 def times(system: str, median: float | None, **changes: Any) -> dict[str, Any]:
@@ -233,53 +225,6 @@ def test_without_matplotlib_one_line_says_how_to_get_it(
     assert main(["report", str(scored.folder), "--out", str(tmp_path / "x.html")]) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and 'pip install "dqbart[report]"' in error[0] and not list(tmp_path.iterdir())
-
-
-# --- plots
-
-
-def test_nothing_beats_what_lies_on_the_pareto_line() -> None:
-    draw = random.Random(0)
-    for _ in range(50):
-        pairs = [(draw.randint(1, 6), draw.randint(1, 6)) for _ in range(draw.randint(1, 9))]
-        front = plots.pareto(pairs)
-
-        def beaten(pair: tuple[int, int], pairs: list[tuple[int, int]] = pairs) -> bool:
-            return any(s <= pair[0] and q >= pair[1] and (s, q) != pair for s, q in pairs)
-
-        assert set(front) == {pair for pair in pairs if not beaten(pair)}
-        assert all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(front))
-
-
-def test_layers_are_ordered_by_number() -> None:
-    assert sorted(["12-3", "6-6", "6-3", "3-1", "12-12"], key=plots.layer_order) == [
-        "3-1",
-        "6-3",
-        "6-6",
-        "12-3",
-        "12-12",
-    ]
-
-
-@pytest.mark.parametrize("points", [
-    [point()],
-    [point(bits=b, layers=n, variant=v, interval=(18.0, 19.5), teacher_bytes=100, task=t)
-     for b in ("8-8-8", "1-1-8") for n in ("12-12", "3-1") for v in ("", "paper numerics") for t in ("$x_$", "b")],
-    [point(score=0.0, teacher_score=0.0)],
-    [point(), point(score=1.0, layers="3-1"), point(score=0.5, layers="3-1", bits="1-1-8")],  # far below: at the edge
-    [point(bits=f"{w}-{e}-8", layers=f"{n}-{n}") for w in (1, 2, 3, 4, 8) for e in (1, 2) for n in range(1, 11)],
-])  # fmt: skip
-def test_points_can_be_drawn(points: list[Point]) -> None:
-    assert plots.size_quality(points).startswith(PNG) and plots.score_grid(points).startswith(PNG)
-
-
-def test_bars_can_be_drawn() -> None:
-    bars = [Bar("a", 12.0, True), Bar("b $", None, note="not installed")]
-    assert plots.latency([("greedy", bars), ("none", [Bar("c", None)])]).startswith(PNG)
-    assert plots.sensitivity([("2", [("encoder.0", 1.0), ("decoder.0.encoder_attn", -0.2)])], "BLEU").startswith(PNG)
-    assert [plots.time_text(t) for t in (0.123, 9.94, 99.6, 999.7, 1234.0, 45678.0)] == [
-        "0.12 ms", "9.9 ms", "100 ms", "1000 ms", "1.23 s", "45.7 s"
-    ]  # fmt: skip
 
 
 # --- speed and layers

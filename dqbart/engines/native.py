@@ -105,6 +105,8 @@ def why_not(folder: Path) -> str | None:
         return f"activation {activation!r}: it runs {' and '.join(native.ACTIVATIONS)}"
     if kind in ("bart", "mbart") and c.encoder_attention_heads != c.decoder_attention_heads:
         return "encoder and decoder have different numbers of heads: it runs equal ones"
+    if kind not in ("bart", "mbart") and getattr(c, "is_decoder", False):
+        return "is_decoder: of this family it runs encoders, which see the whole text"
     if kind == "albert" and (c.inner_group_num != 1 or c.num_hidden_layers % max(1, c.num_hidden_groups)):
         return "layer groups of several or of unequal numbers of layers"
     own = {n: m for n, m in spec.modules.items() if m.tied_to is None}

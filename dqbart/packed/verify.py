@@ -154,9 +154,9 @@ def model_config(folder: Path, config: dict[str, Any]) -> Any:
         settings = cls.config_class.from_dict(values)
     except Exception as error:  # a wrong value upsets it in any way it likes
         raise ValueError(f"{folder / CONFIG}: {' '.join(str(error).split()) or repr(error)}") from None
-    for name in ("is_encoder_decoder", "is_decoder"):
-        if getattr(settings, name, False) != getattr(cls.config_class(), name, False):
-            raise ValueError(f"{folder / CONFIG}: {name} {getattr(settings, name)!r}: not what {cls.__name__} is")
+    if settings.is_encoder_decoder != cls.config_class().is_encoder_decoder:
+        found = settings.is_encoder_decoder
+        raise ValueError(f"{folder / CONFIG}: is_encoder_decoder {found!r}: not what {cls.__name__} is")
     return settings
 
 

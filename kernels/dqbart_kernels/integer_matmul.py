@@ -20,6 +20,7 @@ Shape suffixes: M rows of activations, N output features, K input features.
 import functools
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ def int_matmul_reference(a_MK: Tensor, w_NK: Tensor) -> Tensor:
     return (a_MK.to(torch.int64) @ w_NK.to(torch.int64).T).to(torch.int32)
 
 
-class PreparedWeight:
+class PreparedWeight(ABC):
     """int8 codes [N, K] in the form one path wants. Immutable; copying shares it, pickling stores the codes."""
 
     path: Path
@@ -58,12 +59,12 @@ class PreparedWeight:
             return a_MK.new_zeros((a_MK.shape[0], self.out_features), dtype=torch.float32)
         return self._matmul(a_MK)
 
-    def _matmul(self, a_MK: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _matmul(self, a_MK: Tensor) -> Tensor: ...
 
+    @abstractmethod
     def codes(self) -> Tensor:
         """The int8 codes [N, K] that were given."""
-        raise NotImplementedError
 
     def __copy__(self) -> "PreparedWeight":
         return self
