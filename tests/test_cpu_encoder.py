@@ -168,7 +168,7 @@ def test_models_that_need_more_than_the_stack_run_in_torch(tmp_path: Path) -> No
         load(folder, engine="cpu")
     config = tiny_encoder("bert").config
     config.is_decoder = True  # attends to what came before only
-    folder = saved(BertModel(config, add_pooling_layer=False), tmp_path / "decoder")
+    folder = saved(BertModel(config), tmp_path / "decoder")
     with pytest.raises(ValueError, match="is_decoder: of this family it runs encoders"):
         load(folder, engine="cpu")
 
