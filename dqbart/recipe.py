@@ -137,7 +137,7 @@ class Recipe:
     bits: Bits = Bits("2-2-8")
     layers: Layers | None = None  # None: as many as the teacher has
     numerics: Literal["integer", "paper"] = "integer"
-    probability_bits: Literal[8, 32] = 32  # 8: attention probabilities too (DQ-BART quantizes them)
+    probability_bits: Literal[8, 16] = 16  # of attention; 16: as good as float, 8: one scale per row, as in DQ-BART
     skip: tuple[str, ...] = ()  # module name patterns left in float, such as "*.layers.0.fc2"
     storage: Literal["planar32", "trits"] = "planar32"  # trits: 1.6 bits per ternary weight on disk
     float_dtype: Literal["float16", "float32"] = "float16"  # positions, norms and biases on disk

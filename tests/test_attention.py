@@ -14,7 +14,7 @@ from dqbart.quant.layers import prepare
 from dqbart.quant.quantizers import PaperQuantizer, Quantizer
 
 FAMILIES = SEQ2SEQ + ENCODERS
-INVARIANT = [("8-8-8", 32), ("4-4-8", 32), ("2-2-8", 32), ("1-1-8", 32), ("8-8-8", 8), ("2-2-8", 8)]
+INVARIANT = [("8-8-8", 16), ("4-4-8", 16), ("2-2-8", 16), ("1-1-8", 16), ("8-8-8", 8), ("2-2-8", 8)]
 LENGTHS = [11, 4, 7, 2]
 
 
@@ -177,15 +177,16 @@ def test_integer_attention_by_hand() -> None:
     plain = (probabilities @ row.dequantize(v)).transpose(1, 2)
     codes, scale = row.quantize_float(v)
     mixed = (row.dequantize(probabilities * scale.transpose(2, 3)) @ codes).transpose(1, 2)
-    for bits, expected in ((32, plain), (8, mixed)):
+    for bits, expected in ((16, plain), (8, mixed)):
         module = settings_module("integer", bits)
         with torch.no_grad():
             found, shown = attention(module, q, k, v, None)
         torch.testing.assert_close(shown, probabilities, rtol=1e-5, atol=1e-6)
         error = (found - expected).abs()
-        assert error.median() < 1e-6 and error.max() < 0.02  # a tipped rounding is a step of 1/127
+        close = 2e-5 if bits == 16 else 1e-6
+        assert error.median() < close and error.max() < 0.02  # a tipped rounding is a step of 1/127
         trained, _ = attention(module.train(), *(t.clone().requires_grad_(True) for t in (q, k, v)), None)
-        assert (trained - found).abs().median() < 1e-6 and (trained - found).abs().max() < 0.02
+        assert (trained - found).abs().median() < close and (trained - found).abs().max() < 0.02
     assert not torch.equal(plain, mixed)
 
 
@@ -195,14 +196,14 @@ def test_paper_attention_by_hand() -> None:
     for scaling in (None, 0.25):
         scores = tensor.dequantize(q * (8**-0.5 if scaling is None else scaling)) @ tensor.dequantize(k).transpose(2, 3)
         probabilities = scores.softmax(-1)
-        for bits in (8, 32):
+        for bits in (8, 16):
             found, shown = attention(settings_module("paper", bits), q, k, v, None, scaling)
             weights = tensor.dequantize(probabilities) if bits == 8 else probabilities
             torch.testing.assert_close(shown, probabilities)
             torch.testing.assert_close(found, (weights @ tensor.dequantize(v)).transpose(1, 2))
 
 
-@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("bits", [8, 16])
 def test_gradients_pass_straight_through(bits: int) -> None:
     """As if the quantized q, k, v (and probabilities) were the inputs."""
     module = settings_module("integer", bits, training=True)
@@ -220,7 +221,7 @@ def test_gradients_pass_straight_through(bits: int) -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3 * float(theirs.grad.abs().max()))
 
 
-@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("numerics", ["integer", "paper"])
 def test_zero_queries_keys_and_values(numerics: str, bits: int) -> None:
     q, k, v = qkv(3)
@@ -236,7 +237,7 @@ def test_zero_queries_keys_and_values(numerics: str, bits: int) -> None:
             assert attention(module, q, k, torch.zeros_like(v), None)[0].abs().max() == 0
 
 
-@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("bits", [8, 16])
 def test_wide_heads_stay_exact(bits: int) -> None:
     """Above width 1040 the integer sums leave fp32."""
     torch.manual_seed(0)
@@ -282,7 +283,7 @@ def test_invariance(kind: str, bits: str, probability_bits: int) -> None:
     assert torch.equal(model(**shuffled, decoder_input_ids=target[mates]).logits, together[mates])
 
 
-@pytest.mark.parametrize("probability_bits", [8, 32])
+@pytest.mark.parametrize("probability_bits", [8, 16])
 @torch.no_grad()
 def test_long_inputs_are_invariant_too(probability_bits: int) -> None:
     """Sums over hundreds of keys: in fp32 their order, and so their last bit, would depend on padding."""

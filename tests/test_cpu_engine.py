@@ -22,8 +22,8 @@ LENGTHS = [9, 3, 20, 33, 4]
 
 
 def check_equal(found: list[Any], want: list[Any]) -> None:
-    """To the last bit. What is no single fp32 operation is rounded once from float64 in both engines; one text in a
-    thousand may still meet a tie of that rounding, so one of the five may differ.
+    """To the last bit. LayerNorm is rounded once from float64 in both engines; one text in thousands may still meet a
+    tie of that rounding, so one of the five may differ.
     """
     different = [i for i, (a, b) in enumerate(zip(found, want, strict=True)) if not np.array_equal(a, b)]
     assert len(different) <= 1 and all(np.abs(a - b).max() < 0.5 for a, b in zip(found, want, strict=True)), different
@@ -156,7 +156,7 @@ def test_sampling_follows_seed_and_distribution(folders: dict[Any, Path]) -> Non
     top_p = fast.generate(**batch, **call | {"top_p": 0.3}, seed=3)[:, 1]
     order = p.sort(descending=True)
     assert set(top_p.tolist()) <= set(order.indices[: int((order.values.cumsum(0) < 0.3).sum()) + 1].tolist())
-    cold = fast.generate(**batch, do_sample=True, temperature=1e-4, max_new_tokens=6, seed=0)
+    cold = fast.generate(**batch, do_sample=True, temperature=1e-6, max_new_tokens=6, seed=0)
     assert torch.equal(cold, fast.generate(**batch, max_new_tokens=6))
 
 

@@ -89,9 +89,11 @@ def test_training_and_evaluation_agree(kind: str, numerics: str) -> None:
         assert not untouched
         with torch.no_grad():
             found = model(**batch).logits
-        # The same up to fp32 rounding, and where that tips an 8-bit rounding, up to a step of it.
+        # The same up to fp32 rounding, and where that, or evaluation's 15-bit probabilities, tips an 8-bit rounding, up
+        # to a step of it: in a model as narrow as these one step reaches every logit of the text.
         error = (found - trained.detach()).abs() / trained.detach().abs().max()
-        assert error.median() < 1e-5 and error.max() < 0.05, bits
+        common = 1e-5 if numerics == "paper" or bits == "2-2-32" else 5e-3
+        assert error.median() < common and error.max() < 0.05, bits
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -148,7 +150,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_changed() -> None:
         ({"skip": ("*.fc1", "FC2")}, "skip 'FC2' matches no module"),
         ({"numerics": "exact"}, "numerics 'exact': expected 'integer' or 'paper'"),
         ({"bits": "2-2-4"}, "bits '2-2-4': expected W-E-A"),
-        ({"probability_bits": 4}, "probability_bits 4: expected 8 or 32"),
+        ({"probability_bits": 4}, "probability_bits 4: expected 8 or 16"),
         ({"bits": "2-2-32", "probability_bits": 8}, "probability_bits 8 with bits 2-2-32: needs 8-bit activations"),
     ]
     for arguments, words in wrong:

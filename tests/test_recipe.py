@@ -165,7 +165,7 @@ def test_a_missing_or_binary_file(tmp_path: Path) -> None:
         ({"bits": None}, "bits None: expected Bits, found NoneType"),
         ({"layers": [6, 3]}, "layers [6, 3]: expected Layers or null, found list"),
         ({"numerics": "int"}, "numerics 'int': expected one of 'integer', 'paper'"),
-        ({"probability_bits": 4}, "probability_bits 4: expected one of 8, 32"),
+        ({"probability_bits": 4}, "probability_bits 4: expected one of 8, 16"),
         ({"storage": "zip"}, "storage 'zip': expected one of 'planar32', 'trits'"),
         ({"epochs": "three"}, "epochs 'three': expected a number"),
         ({"epochs": -1}, "epochs -1: expected at least 0"),

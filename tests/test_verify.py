@@ -74,7 +74,7 @@ def test_refuses_folders_of_others(tmp_path: Path) -> None:
         ("format_version", True, "format_version True: expected 1"),
         ("numerics", "exact", "numerics 'exact': expected 'integer' or 'paper'"),
         ("activation_bits", 4, "activation_bits 4: expected 8 or 32"),
-        ("probability_bits", "8", "probability_bits '8': expected 8 or 32"),
+        ("probability_bits", "8", "probability_bits '8': expected 8 or 16"),
         ("float_dtype", "float8", "float_dtype 'float8': expected 'float16' or"),
         ("modules", [], r"modules \[\]: expected an object"),
         ("sparsity", 0.5, "unknown field 'sparsity'"),

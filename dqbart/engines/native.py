@@ -98,8 +98,8 @@ def why_not(folder: Path) -> str | None:
     family = FAMILIES.get(kind)
     if family is None:
         return f"model type {kind!r}: it runs {', '.join(FAMILIES)}"
-    if spec.numerics != "integer" or spec.activation_bits != 8 or spec.probability_bits != 32:
-        return "it runs integer numerics with 8-bit activations and float probabilities"
+    if spec.numerics != "integer" or spec.activation_bits != 8 or spec.probability_bits != 16:
+        return "it runs integer numerics with 8-bit activations and 16-bit probabilities"
     activation = getattr(c, family.attributes[4])
     if not isinstance(activation, str) or activation not in native.ACTIVATIONS:
         return f"activation {activation!r}: it runs {' and '.join(native.ACTIVATIONS)}"

@@ -47,7 +47,7 @@ def spec_of(student: nn.Module, *, storage: str, float_dtype: torch.dtype, matri
         modules=modules,
         numerics="paper" if paper or any(a.numerics == "paper" for a in attention) else "integer",
         activation_bits=8 if attention else 32,
-        probability_bits=attention[0].probability_bits if attention else 32,
+        probability_bits=attention[0].probability_bits if attention else 16,
         float_dtype=str(float_dtype).removeprefix("torch."),
         matrix_dtype=str(matrix_dtype).removeprefix("torch."),
     )

@@ -81,7 +81,7 @@ class PackedSpec:
     modules: dict[str, ModuleSpec]
     numerics: Literal["integer", "paper"] = "integer"
     activation_bits: Literal[8, 32] = 8
-    probability_bits: Literal[8, 32] = 32
+    probability_bits: Literal[8, 16] = 16
     float_dtype: str = "float16"  # positions, norms, biases
     matrix_dtype: str = "float32"  # weight matrices that were left in float
     format_version: int = FORMAT_VERSION
@@ -91,7 +91,7 @@ class PackedSpec:
         _one_of("format_version", self.format_version, (FORMAT_VERSION,))
         _one_of("numerics", self.numerics, ("integer", "paper"))
         _one_of("activation_bits", self.activation_bits, (8, 32))
-        _one_of("probability_bits", self.probability_bits, (8, 32))
+        _one_of("probability_bits", self.probability_bits, (8, 16))
         _one_of("float_dtype", self.float_dtype, tuple(FLOAT_DTYPES))
         _one_of("matrix_dtype", self.matrix_dtype, tuple(FLOAT_DTYPES))
         if not isinstance(self.dqbart_version, str):

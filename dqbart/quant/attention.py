@@ -6,10 +6,11 @@ q, k, v (and probabilities) where a module carries settings, and it shows what i
 (`dqbart.distill.capture`). So no modelling file is forked. The mask function must be registered under the same
 name: without it transformers passes no mask at all and padding is attended, silently.
 
-Integer numerics: one scale per (token, head); scores are exact integer products; probabilities stay float unless
-8 bits are asked for. Outside training, probabilities meet the values in float64, rounded once: sums over keys then
-come out the same whatever the padding, batch or cache length. Paper numerics: one scale per tensor, clip 2.5,
-q scaled before, probabilities quantized after dropout (DQ-BART's modeling_bart_quant.py).
+Integer numerics: one scale per (token, head); scores are exact integer products. Probabilities of 16 bits, the
+default, stay float in training; outside it they meet the values in fixed point: exp(score - peak) s_v as a 15-bit code
+against the row's largest, 300 times finer than the values themselves. Sums over keys are then integers, the same
+whatever the padding, batch or cache length. Paper numerics: one scale per tensor, clip 2.5, q scaled before,
+probabilities of 8 bits quantized after dropout (DQ-BART's modeling_bart_quant.py), those of 16 float.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dqbart.quant.quantizers import PaperQuantizer, Quantizer
+from dqbart.quant.rounding import exponential
 
 NAME = "dqbart"
 _ROW = Quantizer(8, "row")
@@ -34,7 +36,7 @@ class AttentionNumerics:
     """How one attention module quantizes; kept as its plain attribute `attention_numerics`."""
 
     numerics: Literal["integer", "paper"]
-    probability_bits: Literal[8, 32]
+    probability_bits: Literal[8, 16]
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,12 @@ def attention(
 
     if attention_mask is not None:
         scores = scores + attention_mask
-    # float64 where it counts: a sum over keys, rounded once to fp32, is the same for any padding and any cache length.
-    probabilities = F.softmax(scores, dim=-1, dtype=torch.float64 if exact else None).to(scores.dtype)
+    parts = exponential(scores.float() - scores.float().amax(-1, keepdim=True)) if exact else None
+    if parts is None:
+        probabilities = F.softmax(scores, dim=-1)
+    else:
+        total = (parts * 2.0**30).to(torch.int32).sum(-1, keepdim=True, dtype=torch.int64).double()
+        probabilities = (parts * (2.0**30 / total)).to(scores.dtype)
     if (listener := _listener.get()) is not None:
         listener(AttentionRecord(module, query, key, value, scores, probabilities))
     weights = F.dropout(probabilities, p=dropout, training=module.training)
@@ -104,8 +110,8 @@ def attention(
         output = (_TENSOR.fake(weights) if settings.probability_bits == 8 else weights) @ values
     elif settings.probability_bits == 8:
         output = _quantized_mixture(weights, value)
-    elif exact:
-        output = (weights.double() @ values.double()).to(values.dtype)
+    elif parts is not None:
+        output = _fixed_point_mixture(parts, total, value)
     else:
         output = weights @ values
     return output.transpose(1, 2).contiguous(), probabilities
@@ -139,6 +145,19 @@ def _quantized_mixture(weights_BHQK: Tensor, value_BHKD: Tensor) -> Tensor:
     return ((left.double() @ codes.double()).float() * left_scale).to(value_BHKD.dtype)
 
 
+def _fixed_point_mixture(parts_BHQK: Tensor, total_BHQ1: Tensor, value_BHKD: Tensor) -> Tensor:
+    """Sum over keys of exp(score - peak) v / total: 15-bit codes of exp(score - peak) s_v times V's integer codes.
+
+    `total`: the sum of exp(score - peak) 2^30, each rounded down. The sum of products is exact in float64.
+    """
+    codes, scale = _ROW.quantize_float(value_BHKD)
+    weights = parts_BHQK * scale.transpose(2, 3)
+    top = weights.amax(-1, keepdim=True)
+    weights.mul_(top.reciprocal() * 32767).round_()
+    factor = top.double() * (2.0**30 / 32767) / total_BHQ1
+    return ((weights.double() @ codes.double()) * factor).to(value_BHKD.dtype)
+
+
 def register() -> None:
     """Make `"dqbart"` known to transformers: the attention and its mask, together."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -154,7 +173,7 @@ def use_attention(model: Any) -> None:
     model.set_attn_implementation(NAME)
 
 
-def quantize_attention(model: Any, *, numerics: str = "integer", probability_bits: int = 32) -> list[str]:
+def quantize_attention(model: Any, *, numerics: str = "integer", probability_bits: int = 16) -> list[str]:
     """Give every attention module of `model` its settings, switch to our attention; returns their names."""
     settings = AttentionNumerics(numerics, probability_bits)  # type: ignore[arg-type]
     names = [n for n, m in model.named_modules() if _is_attention(m)]

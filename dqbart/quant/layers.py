@@ -204,7 +204,7 @@ def prepare(
     *,
     skip: tuple[str, ...] = (),
     numerics: str = "integer",
-    probability_bits: int = 32,
+    probability_bits: int = 16,
 ) -> nn.Module:
     """Make `model` fake-quantized, in place, and return it. Parameter names and ties stay as they were.
 
@@ -215,8 +215,8 @@ def prepare(
     bits = Bits(bits) if isinstance(bits, str) else bits
     if numerics not in ("integer", "paper"):
         raise ValueError(f"numerics {numerics!r}: expected 'integer' or 'paper'")
-    if probability_bits not in (8, 32):
-        raise ValueError(f"probability_bits {probability_bits!r}: expected 8 or 32")
+    if probability_bits not in (8, 16):
+        raise ValueError(f"probability_bits {probability_bits!r}: expected 8 or 16")
     if probability_bits == 8 and bits.activations != 8:
         raise ValueError(f"probability_bits 8 with bits {bits}: needs 8-bit activations, such as 2-2-8")
     linear, vocabulary = quantizable(model)

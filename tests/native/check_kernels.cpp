@@ -1,5 +1,6 @@
 // Does an instruction set compute what the portable one does, to the last bit? For sets that the machine at hand does
 // not have: cross-compiled and emulated. Prints what differs; exit code 1 if something does.
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -83,7 +84,9 @@ static void check_rows(const Kernels& ours, int m, int k) {
   std::vector<int8_t> codes[2];
   std::vector<float> scale[2], normed[2];
   std::vector<int32_t> sums[2];
-  std::vector<double> weights[2], rest[2];
+  std::vector<double> rest[2];
+  std::vector<int16_t> weights[2];
+  const auto v_scale = floats(k);
   for (int i = 0; i < 2; ++i) {
     const Kernels& kernels = i ? kPortable : ours;
     codes[i].resize(static_cast<size_t>(m) * lda);
@@ -94,9 +97,14 @@ static void check_rows(const Kernels& ours, int m, int k) {
     kernels.quantize(x.data(), k, m, k, codes[i].data(), lda, scale[i].data(), sums[i].data());
     kernels.layer_norm(x.data(), m, k, weight.data(), bias.data(), 1e-5f, normed[i].data());
     for (int row = 0; row < m; ++row) {
-      kernels.weigh(x.data() + static_cast<size_t>(row) * k, k, 0.125f,
-                    weights[i].data() + static_cast<size_t>(row) * k);
-      rest[i].push_back(kernels.largest(x.data() + static_cast<size_t>(row) * k, k));
+      const float* at = x.data() + static_cast<size_t>(row) * k;
+      std::vector<float> scores(at, at + k);
+      scores.resize(k + 16);
+      std::vector<float> scale = v_scale;
+      for (float& s : scale) s = std::fabs(s) + 1e-3f;
+      rest[i].push_back(kernels.largest(at, k));
+      rest[i].push_back(kernels.weigh(scores.data(), scale.data(), k, row ? 0.125f : 20.0f,
+                                      weights[i].data() + static_cast<size_t>(row) * k));
     }
   }
   compare("quantize", codes[0], codes[1]);
@@ -104,28 +112,32 @@ static void check_rows(const Kernels& ours, int m, int k) {
   compare("sum", sums[0], sums[1]);
   compare("layer_norm", normed[0], normed[1]);
   compare("weigh", weights[0], weights[1]);
-  compare("largest", rest[0], rest[1]);
+  compare("largest and factor", rest[0], rest[1]);
 }
 
 static void check_attention(const Kernels& ours, int m, int keys, int d) {
   std::vector<int8_t> k(static_cast<size_t>(keys) * d), v(k.size()), q(d);
   for (auto* codes : {&k, &v, &q})
     for (int8_t& code : *codes) code = static_cast<int8_t>(below(255) - 127);
-  const auto k_scale = floats(keys), v_scale = floats(keys), scores = floats(static_cast<size_t>(m) * keys);
+  auto k_scale = floats(keys), v_scale = floats(keys);
+  for (float& s : v_scale) s = std::fabs(s) + 1e-3f;
+  std::vector<int16_t> weights(static_cast<size_t>(m) * (keys + 1));
+  for (int16_t& w : weights) w = static_cast<int16_t>(below(8) ? below(32768) : 32767);
+  for (int row = 0; row < m; ++row) weights[row * (keys + 1) + keys] = 0;
+  std::vector<double> factor(m);
+  for (double& f : factor) f = std::fabs(real()) + 1e-3;
   std::vector<int32_t> at(keys);
   for (int32_t& place : at) place = below(keys);
   std::vector<float> mixed[2], attended[2];
   for (int i = 0; i < 2; ++i) {
     const Kernels& kernels = i ? kPortable : ours;
-    std::vector<double> weights(static_cast<size_t>(m) * keys + 16);
-    std::vector<float> strip(16 * static_cast<size_t>(keys)), scratch(keys + 16);
-    for (int row = 0; row < m; ++row)
-      kPortable.weigh(scores.data() + static_cast<size_t>(row) * keys, keys, 1, weights.data() + row * keys);
+    std::vector<float> scratch(2 * keys + 32);
+    std::vector<int16_t> codes(keys + 16);
     mixed[i].resize(static_cast<size_t>(m) * d);
-    kernels.mix(weights.data(), keys, m, v.data(), d, v_scale.data(), keys, d, strip.data(), mixed[i].data(), d);
+    kernels.mix(weights.data(), keys + 1, factor.data(), m, v.data(), d, keys, d, mixed[i].data(), d);
     attended[i].resize(d);
     kernels.attend(q.data(), 0.01f, k.data(), k_scale.data(), v.data(), v_scale.data(), at.data(), keys, d, 0.125f,
-                   scratch.data(), weights.data(), attended[i].data());
+                   scratch.data(), codes.data(), attended[i].data());
   }
   compare("mix", mixed[0], mixed[1]);
   compare("attend", attended[0], attended[1]);
@@ -141,7 +153,7 @@ int main() {
   for (int k : {1, 3, 7, 8, 15, 16, 33, 64, 100, 769}) check_rows(ours, 5, k);
   for (int d : {16, 64, 80})
     for (int m : {1, 4, 6, 7, 24})
-      for (int keys : {1, 5, 130}) check_attention(ours, m, keys, d);
+      for (int keys : {1, 5, 130, 512, 1537}) check_attention(ours, m, keys, d);
   std::printf("%s: %d differences from portable\n", ours.name, wrong);
   return wrong != 0;
 }

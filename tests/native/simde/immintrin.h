@@ -32,3 +32,4 @@ static inline __m128i _mm512_cvtepi32_epi8(__m512i x) {
   return by_lane<__m128i, __m512i, 16, int32_t, int8_t>(x, [](int32_t v) { return static_cast<int8_t>(v); });
 }
 #define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32
+#define _mm256_dpwssd_avx_epi32 simde_mm256_dpwssd_epi32

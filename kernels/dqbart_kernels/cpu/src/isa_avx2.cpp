@@ -44,6 +44,9 @@ struct Simd : Avx256 {
     if constexpr (bits == 8) return _mm256_add_epi32(wide, narrow);
     return _mm256_add_epi32(wide, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
   }
+  static Wide dot_pairs(Wide sum, __m256i values, __m256i twin) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(values, twin));
+  }
 };
 
 #include "kernels.inc"

@@ -43,15 +43,28 @@ struct Simd {
   }
   static __m512d to_doubles(__m256 x) { return _mm512_cvtps_pd(x); }
   static __m256 to_floats(__m512d x) { return _mm512_cvtpd_ps(x); }
-  static __m256 codes(const int8_t* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-  }
   static __m512i round(__m512 x, int8_t* to) {
     const __m512i integers = _mm512_cvtps_epi32(x);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(integers));
     return integers;
   }
-  static __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
+  static void round(__m512 x, int16_t* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
+  }
+  struct Values {
+    __m512i part[1];
+  };
+  static Values pairs(const int8_t* even, const int8_t* odd) {
+    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(even));
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(odd));
+    return {{_mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b)))}};
+  }
+  static __m512i twin(const int16_t* p) {
+    int32_t two;
+    __builtin_memcpy(&two, p, 4);
+    return _mm512_set1_epi32(two);
+  }
+  static Wide dot_pairs(Wide sum, __m512i values, __m512i twin) { return _mm512_dpwssd_epi32(sum, values, twin); }
   static void store(int32_t* p, Wide wide) { _mm512_storeu_si512(p, wide); }
 };
 

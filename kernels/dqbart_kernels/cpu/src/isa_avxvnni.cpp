@@ -28,6 +28,7 @@ struct Simd : Avx256 {
   static Wide widen(Wide wide, Wide sum) {
     return _mm256_add_epi32(wide, sum);
   }
+  static Wide dot_pairs(Wide sum, __m256i values, __m256i twin) { return _mm256_dpwssd_avx_epi32(sum, values, twin); }
 };
 
 #include "kernels.inc"

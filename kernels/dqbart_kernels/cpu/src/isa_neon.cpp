@@ -42,7 +42,26 @@ struct Simd {
     return vaddq_s32(wide, sum);
   }
 #include "pairs.inc"
-  static float64x2_t fma(float64x2_t a, float64x2_t b, float64x2_t c) { return vfmaq_f64(c, a, b); }
+  struct Values {
+    int16x4x2_t part[4];  // of the even and the odd key
+  };
+  static Values pairs(const int8_t* even, const int8_t* odd) {
+    const int8x16_t a = vld1q_s8(even), b = vld1q_s8(odd);
+    const int16x8_t a0 = vmovl_s8(vget_low_s8(a)), a1 = vmovl_high_s8(a);
+    const int16x8_t b0 = vmovl_s8(vget_low_s8(b)), b1 = vmovl_high_s8(b);
+    return {{{{vget_low_s16(a0), vget_low_s16(b0)}},
+             {{vget_high_s16(a0), vget_high_s16(b0)}},
+             {{vget_low_s16(a1), vget_low_s16(b1)}},
+             {{vget_high_s16(a1), vget_high_s16(b1)}}}};
+  }
+  static int16x4_t twin(const int16_t* p) {
+    int32_t two;
+    __builtin_memcpy(&two, p, 4);
+    return vreinterpret_s16_s32(vdup_n_s32(two));
+  }
+  static Wide dot_pairs(Wide sum, int16x4x2_t values, int16x4_t twin) {
+    return vmlal_lane_s16(vmlal_lane_s16(sum, values.val[0], twin, 0), values.val[1], twin, 1);
+  }
   static void store(int32_t* p, Wide wide) { vst1q_s32(p, wide); }
 };
 

@@ -49,9 +49,24 @@ struct Simd {
     return wide;
   }
 #include "pairs.inc"
-  template <class F>
-  static F fma(F a, F b, F c) {
-    return a * b + c;
+  struct Pairs {
+    int16_t even[4], odd[4];
+  };
+  struct Values {
+    Pairs part[4];
+  };
+  struct Twin {
+    int16_t even, odd;
+  };
+  static Values pairs(const int8_t* even, const int8_t* odd) {
+    Values values;
+    for (int j = 0; j < 16; ++j) values.part[j / 4].even[j % 4] = even[j], values.part[j / 4].odd[j % 4] = odd[j];
+    return values;
+  }
+  static Twin twin(const int16_t* p) { return {p[0], p[1]}; }
+  static Wide dot_pairs(Wide sum, const Pairs& values, Twin twin) {
+    for (int j = 0; j < 4; ++j) sum.column[j] += values.even[j] * twin.even + values.odd[j] * twin.odd;
+    return sum;
   }
   static void store(int32_t* p, Wide wide) { __builtin_memcpy(p, wide.column, 16); }
 };

@@ -43,16 +43,17 @@ struct Kernels {
   bool (*quantize)(const float* x, int64_t ldx, int m, int k, int8_t* codes, int64_t lda, float* scale, int32_t* sum);
   // y = (x - mean) / sqrt(var + eps) * weight + bias; x and y may be the same.
   void (*layer_norm)(const float* x, int m, int k, const float* weight, const float* bias, float eps, float* y);
-  // weights = softmax(scores * scaling) over n keys: computed in double, rounded to fp32, held as double.
-  void (*weigh)(const float* scores, int n, float scaling, double* weights);
-  // out[m, d] = sum over keys of weights[m, key] * (codes[key, d] * scale[key]); d a multiple of 16. strip: room for
-  // 16 * keys floats.
-  void (*mix)(const double* weights, int64_t ldw, int m, const int8_t* codes, int64_t stride, const float* scale,
-              int keys, int d, float* strip, float* out, int64_t ldo);
-  // Scores and mixture of one query over the rows `at` of a cache [places, d]; d a multiple of 16.
+  // Softmax in fixed point. weights[j] = 15-bit code of exp(scores[j] * scaling - peak) * scale[j] over n keys; returns
+  // the factor for mix(), NaN where the scores are. `scores` are used up; both have room for n rounded up to 16.
+  double (*weigh)(float* scores, const float* scale, int n, float scaling, int16_t* weights);
+  // out[m, d] = factor[m] * sum over keys of weights[m, key] * codes[key, d]; d a multiple of 16.
+  void (*mix)(const int16_t* weights, int64_t ldw, const double* factor, int m, const int8_t* codes, int64_t stride,
+              int keys, int d, float* out, int64_t ldo);
+  // Scores and mixture of one query over the rows `at` of a cache [places, d]; d a multiple of 16. scratch: twice, and
+  // weights: once keys rounded up to 16.
   void (*attend)(const int8_t* q, float q_scale, const int8_t* k, const float* k_scale, const int8_t* v,
-                 const float* v_scale, const int32_t* at, int keys, int d, float scaling, float* scores,
-                 double* weights, float* out);
+                 const float* v_scale, const int32_t* at, int keys, int d, float scaling, float* scratch,
+                 int16_t* weights, float* out);
   float (*largest)(const float* x, int n);
   double (*exp_sum)(const float* x, int n, float peak);  // sum of exp(x - peak)
 };

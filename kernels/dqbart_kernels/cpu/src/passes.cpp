@@ -183,14 +183,15 @@ void Passes::attend_source(const float* qkv, int m, int first, int length, int h
   Buffer<int8_t> codes;
   Buffer<uint8_t> panels;
   Buffer<float> floats;
-  Buffer<double> weights;
+  Buffer<int16_t> weights;
   Buffer<int32_t> sums;
   int8_t* q = codes.reserve(3 * codes_size + kAlign);
   int8_t *k = q + codes_size, *v = k + codes_size;
   const int width = round_up(length, kColumns);
-  float* q_scale = floats.reserve(3 * length + kScoreRows * (width + bytes) + 16 * length);
+  float* q_scale = floats.reserve(3 * length + kScoreRows * (width + bytes));
   float *k_scale = q_scale + length, *v_scale = k_scale + length, *scores = v_scale + length;
-  float *mixture = scores + kScoreRows * width, *strip = mixture + kScoreRows * bytes;
+  float* mixture = scores + kScoreRows * width;
+  double factor[kScoreRows];
   weights.reserve(static_cast<size_t>(kScoreRows) * width);
   int32_t* sum = sums.reserve(length);
   const auto rows = [&](int which) { return head_rows(qkv, m, 3, which, head, first); };
@@ -206,8 +207,8 @@ void Passes::attend_source(const float* qkv, int m, int first, int length, int h
     const Rows queries = {q + static_cast<size_t>(row) * bytes, q_scale + row, sum + row, rows, bytes};
     kernels.product(keys, queries, 0, width / kColumns, scores, width, {}, nullptr);
     for (int i = 0; i < rows; ++i)
-      kernels.weigh(scores + i * width, length, model.scaling(), weights.get() + i * width);
-    kernels.mix(weights.get(), width, rows, v, bytes, v_scale, length, bytes, strip, mixture, bytes);
+      factor[i] = kernels.weigh(scores + i * width, v_scale, length, model.scaling(), weights.get() + i * width);
+    kernels.mix(weights.get(), width, factor, rows, v, bytes, length, bytes, mixture, bytes);
     for (int i = 0; i < rows; ++i)
       std::memcpy(out + static_cast<int64_t>(first + row + i) * d + head * hd, mixture + i * bytes, sizeof(float) * hd);
   }
@@ -270,7 +271,7 @@ const Quantized& Passes::decode(const std::vector<Row>& rows, int t, const std::
   }
   firsts.push_back(m);
   const int groups = static_cast<int>(firsts.size()) - 1;
-  scores_.reserve(static_cast<size_t>(m) * c.heads * (round_up(longest_, kColumns) + model.head_bytes()));
+  scores_.reserve(static_cast<size_t>(m) * c.heads * (2 * round_up(longest_, kColumns) + model.head_bytes()));
   weights_.reserve(static_cast<size_t>(m) * c.heads * round_up(longest_, kColumns));
   embed(model.decoder, tokens.data(), nullptr, positions_.get(), m, h);
   for (int l = 0; l < c.decoder_layers; ++l) {
@@ -317,8 +318,8 @@ void Passes::attend_self(float* qkv, int layer, int t, int row, int head, const 
   finite &= model.kernels.quantize(at + 2 * d, hd, 1, hd, v + place * bytes, bytes, v_scale + place, &sum);
   const int width = round_up(longest_, kColumns);
   const int64_t scratch = static_cast<int64_t>(row) * heads + head;
-  float* scores = scores_.get() + scratch * (width + bytes);
-  float* mixture = scores + width;
+  float* scores = scores_.get() + scratch * (2 * width + bytes);
+  float* mixture = scores + 2 * width;
   model.kernels.attend(q, finite ? q_scale : NAN, k, k_scale, v, v_scale, history.data(), t + 1, bytes, model.scaling(),
                        scores, weights_.get() + scratch * width, mixture);
   std::memcpy(mixed_.get() + static_cast<int64_t>(row) * d + head * hd, mixture, sizeof(float) * hd);
@@ -336,17 +337,20 @@ void Passes::attend_cross(int layer, int head, int first_row, int rows, const So
   if (!kernels.quantize(qkv_.get() + static_cast<int64_t>(first_row) * d + head * hd, d, rows, hd, q, bytes, q_scale,
                         sum))
     std::fill(q_scale, q_scale + rows, NAN);
-  float* scores = scores_.get() + at * (round_up(longest_, kColumns) + bytes);
+  float* scores = scores_.get() + at * (2 * round_up(longest_, kColumns) + bytes);
   float* mixture = scores + static_cast<int64_t>(rows) * width;
-  double* weights = weights_.get() + at * round_up(longest_, kColumns);
+  int16_t* weights = weights_.get() + at * round_up(longest_, kColumns);
   const Packed keys = {n, bytes, 8, source.k.get() + place * width * bytes, source.k_scale.get() + place * n};
   kernels.product(keys, {q, q_scale, sum, rows, bytes}, 0, width / kColumns, scores, width, {}, nullptr);
-  for (int i = 0; i < rows; ++i)
-    kernels.weigh(scores + static_cast<int64_t>(i) * width, n, model.scaling(),
-                  weights + static_cast<int64_t>(i) * width);
-  Buffer<float> strip;
-  kernels.mix(weights, width, rows, source.v.get() + place * n * bytes, bytes, source.v_scale.get() + place * n, n,
-              bytes, strip.reserve(16 * static_cast<size_t>(n)), mixture, bytes);
+  for (int row = 0; row < rows; row += kScoreRows) {
+    const int some = std::min(kScoreRows, rows - row);
+    double factor[kScoreRows];
+    for (int i = 0; i < some; ++i)
+      factor[i] = kernels.weigh(scores + static_cast<int64_t>(row + i) * width, source.v_scale.get() + place * n, n,
+                                model.scaling(), weights + i * width);
+    kernels.mix(weights, width, factor, some, source.v.get() + place * n * bytes, bytes, n, bytes,
+                mixture + static_cast<int64_t>(row) * bytes, bytes);
+  }
   for (int i = 0; i < rows; ++i)
     std::memcpy(mixed_.get() + static_cast<int64_t>(first_row + i) * d + head * hd, mixture + i * bytes,
                 sizeof(float) * hd);

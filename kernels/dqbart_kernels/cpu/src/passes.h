@@ -84,7 +84,7 @@ class Passes {
   std::vector<Buffer<float>> cache_k_scale_, cache_v_scale_;
   Buffer<int8_t> query_;
   Buffer<float> query_scale_, scores_;
-  Buffer<double> weights_;
+  Buffer<int16_t> weights_;
   Buffer<int32_t> query_sum_;
   int longest_ = 0;
 };
