@@ -45,7 +45,9 @@ struct Simd : Avx256 {
     return _mm256_add_epi32(wide, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
   }
   static Wide dot_pairs(Wide sum, __m256i values, __m256i twin) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(values, twin));
+    __m256i product;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(values), "x"(twin));
+    return sum;
   }
 };
 
