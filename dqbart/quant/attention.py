@@ -29,6 +29,7 @@ from dqbart.quant.rounding import exponential
 NAME = "dqbart"
 _ROW = Quantizer(8, "row")
 _TENSOR = PaperQuantizer(8, "tensor")
+_LARGEST_WEIGHT = 127 * 257  # two digits of base 256, each an int8: what GPUs multiply
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,8 @@ def _fixed_point_mixture(parts_BHQK: Tensor, total_BHQ1: Tensor, value_BHKD: Ten
     codes, scale = _ROW.quantize_float(value_BHKD)
     weights = parts_BHQK * scale.transpose(2, 3)
     top = weights.amax(-1, keepdim=True)
-    weights.mul_(top.reciprocal() * 32767).round_()
-    factor = top.double() * (2.0**30 / 32767) / total_BHQ1
+    weights.mul_(top.reciprocal() * _LARGEST_WEIGHT).round_()
+    factor = top.double() * (2.0**30 / _LARGEST_WEIGHT) / total_BHQ1
     return ((weights.double() @ codes.double()) * factor).to(value_BHKD.dtype)
 
 

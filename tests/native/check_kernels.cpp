@@ -122,7 +122,7 @@ static void check_attention(const Kernels& ours, int m, int keys, int d) {
   auto k_scale = floats(keys), v_scale = floats(keys);
   for (float& s : v_scale) s = std::fabs(s) + 1e-3f;
   std::vector<int16_t> weights(static_cast<size_t>(m) * (keys + 1));
-  for (int16_t& w : weights) w = static_cast<int16_t>(below(8) ? below(32768) : 32767);
+  for (int16_t& w : weights) w = static_cast<int16_t>(below(8) ? below(127 * 257 + 1) : 127 * 257);
   for (int row = 0; row < m; ++row) weights[row * (keys + 1) + keys] = 0;
   std::vector<double> factor(m);
   for (double& f : factor) f = std::fabs(real()) + 1e-3;
