@@ -1,6 +1,7 @@
 """Shared fixtures: a small teacher folder with a tokenizer, and a data file, made once per run."""
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -8,7 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_seq2seq
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, as transformers may
+
+from tiny_models import tiny_seq2seq  # noqa: E402
 
 # Where a shell started the tests in the background, interrupts are switched off, and for the processes under test too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,82 @@
+"""Compiles every GPU kernel for the processors we name, without any of them, and prints what came out, a line of JSON
+each. A script of its own: in a process where Triton interprets, nothing can be compiled.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from dqbart_kernels.gpu import products
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
+}  # fmt: skip
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """Name, kernel, types of its pointers, constants, options of the launch."""
+    for m in (4, 64, 512):
+        for bits in (8, 4, 2, 1) if m == 4 else (8, 2):
+            tiles = products.choose_tiles(m, 3072, 768 * bits // 8, bits, 132)
+            if m == 4 and bits == 2:
+                tiles = products.Tiles(**vars(tiles) | {"splits": 3})
+            pointers = dict(a="i8", a_scale="fp32", w="u8", w_scale="fp32", bias="fp32", residual="fp32", y="fp32")
+            pointers |= dict(sums="i32", arrived="i32") if tiles.splits > 1 else {}
+            constants = dict(
+                BITS=bits, FIELD=products.FIELD[bits], BM=tiles.bm, BN=tiles.bn, BW=tiles.bw, SPLITS=tiles.splits,
+                SWAP=tiles.swap, ACTIVATION=1 if m == 64 else 0, INTEGERS=False,
+            )  # fmt: skip
+            options = dict(num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=False)
+            yield f"int8_matmul m {m} bits {bits}", products._int8_matmul, pointers, constants, options
+
+
+def build(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], target: GPUTarget, options: Any) -> Any:
+    """Pointers and row lengths are multiples of 16, as they are in models; a pointer without a type is None."""
+    names = kernel.arg_names
+    types = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()}
+    constants = constants | {name: None for name in names if name.endswith("_ptr") and name not in types}
+    if "ASM" in names:
+        constants = constants | {"ASM": target.backend == "cuda"}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    whole = [["tt.divisibility", 16]]
+    attributes = {(i,): whole for i, name in enumerate(names) if name not in constants and name != "M"}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    return triton.compile(ASTSource(kernel, signature, values, attributes), target=target, options=options)
+
+
+def facts(made: Any, target: GPUTarget) -> dict[str, Any]:
+    if target.backend == "hip":
+        text = made.asm["amdgcn"]
+        spills = sum(map(int, re.findall(r"[sv]gpr_spill_count:\s*(\d+)", text)))
+        return {"matrix": sorted(set(re.findall(r"v_mfma_\w+", text))), "spills": spills}
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(made.asm["cubin"])
+        usage, code = (
+            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    ptx = made.asm["ptx"]
+    return {
+        "matrix": sorted(set(re.findall(r"wgmma.mma_async|mma.sync", ptx))),
+        "spills": sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))),
+        "registers": max(map(int, re.findall(r"REG:(\d+)", usage))),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.M)),
+        "copies": ptx.count("cp.async.c"),  # global to shared memory, 16 bytes each, without waiting
+        "fused": len(re.findall(r"\bFFMA\b", code)),
+    }
+
+
+if __name__ == "__main__":
+    for target in sys.argv[1:] or TARGETS:
+        for name, kernel, pointers, constants, options in kernels():
+            made = build(kernel, pointers, constants, TARGETS[target], options)
+            print(json.dumps({"kernel": name, "target": target, **facts(made, TARGETS[target])}), flush=True)

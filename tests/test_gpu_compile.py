@@ -1,0 +1,43 @@
+"""What GPU compilers make of the kernels, without a GPU: matrix instructions, budgets, and no multiply-add fused where
+the contract has two roundings. gpu_compile.py compiles them in a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90", "gfx942"])
+def made(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE.parent / "kernels")])
+    command = [sys.executable, str(HERE / "gpu_compile.py"), request.param]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_products(made: list[dict[str, Any]]) -> None:
+    found = [row for row in made if row["kernel"].startswith("int8_matmul")]
+    assert len(found) == 8
+    for row in found:
+        m = int(row["kernel"].split()[2])
+        expected = {
+            "sm_80": ["mma.sync"],
+            "sm_90": ["mma.sync"] if m < 64 else ["wgmma.mma_async"],
+            "gfx942": ["v_mfma_i32_16x16x32_i8"] if m < 64 else ["v_mfma_i32_32x32x16_i8"],
+        }[row["target"]]
+        assert row["matrix"] == expected and row["spills"] == 0, row
+        if row["target"] != "gfx942":
+            assert row["registers"] <= (80 if m < 64 else 200) and row["copies"] > 0, row
+            assert row["instructions"] <= {4: 900, 64: 3800, 512: 2100}[m], row
+            assert row["fused"] == 0 or m == 64, row  # m 64 has GELU, and a division is made of fused steps
