@@ -173,7 +173,7 @@ def _seq2seq(skeleton: Any) -> native.Model:
             vocabulary=c.vocab_size, encoder_positions=parts["encoder"].embed_positions.weight.shape[0],
             decoder_positions=parts["decoder"].embed_positions.weight.shape[0],
             position_offset=parts["encoder"].embed_positions.offset, pre_norm=before, embedding_norm=True,
-            final_norm=before, head_bias=True, activation=native.ACTIVATIONS[c.activation_function],
+            head_bias=True, activation=native.ACTIVATIONS[c.activation_function],
         ),
         embed_scale=c.d_model**0.5 if c.scale_embedding else 1.0,
         eps=parts["encoder"].layernorm_embedding.eps,

@@ -120,11 +120,11 @@ class Model:
 
     SIZES = (
         "d", "heads", "encoder_layers", "decoder_layers", "encoder_ffn", "decoder_ffn", "vocabulary",
-        "encoder_positions", "decoder_positions", "position_offset", "pre_norm", "embedding_norm", "final_norm",
+        "encoder_positions", "decoder_positions", "position_offset", "pre_norm", "embedding_norm",
         "head_bias", "embedding_d", "embedding_map", "encoder_steps", "activation", "token_types",
     )  # fmt: skip
     DEFAULTS = dict.fromkeys(
-        ("decoder_layers", "decoder_ffn", "decoder_positions", "position_offset", "pre_norm", "final_norm",
+        ("decoder_layers", "decoder_ffn", "decoder_positions", "position_offset", "pre_norm",
          "head_bias", "embedding_map", "token_types"), 0,
     ) | {"embedding_norm": 1, "activation": ACTIVATIONS["gelu"]}  # fmt: skip
 

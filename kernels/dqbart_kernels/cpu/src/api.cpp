@@ -55,9 +55,9 @@ DQ_API const char* dq_instruction_sets() {
 DQ_API Model* dq_model_new(const int32_t* ints, int int_count, const float* floats, const char* instruction_set) {
   Model* model = nullptr;
   guarded([&] {
-    require(int_count == 19, "config: expected 19 integers");
     Config c = {};
-    std::memcpy(&c, ints, sizeof(int32_t) * 19);
+    require(int_count * sizeof(int32_t) == offsetof(Config, embed_scale), "config: another number of sizes");
+    std::memcpy(&c, ints, offsetof(Config, embed_scale));
     c.embed_scale = floats[0];
     c.eps = floats[1];
     for (int i = 0; i < 9; ++i) require(ints[i] >= 0 && ints[i] < 1 << 24, "config: a size is negative or too large");

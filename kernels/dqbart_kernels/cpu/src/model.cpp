@@ -21,7 +21,7 @@ Model::Model(const Config& c, const Kernels& kernels) : config(c), kernels(kerne
       expect(top + "token_types.weight", stack.token_types, static_cast<size_t>(c.token_types) * c.embedding_d);
     if (c.embedding_norm) expect(top + "layernorm_embedding", stack.embedding_norm, c.embedding_d);
     if (c.embedding_map) expect(top + "embedding_map", stack.embedding_map, c.d, c.embedding_d);
-    if (c.final_norm) expect(top + "layer_norm", stack.final_norm, c.d);
+    if (c.pre_norm) expect(top + "layer_norm", stack.final_norm, c.d);
     for (size_t i = 0; i < stack.layers.size(); ++i) {
       Layer& layer = stack.layers[i];
       const std::string name = top + "layers." + std::to_string(i) + ".";

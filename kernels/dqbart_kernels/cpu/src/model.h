@@ -36,13 +36,14 @@ class Buffer {
 struct Config {
   int32_t d, heads, encoder_layers, decoder_layers, encoder_ffn, decoder_ffn, vocabulary;
   int32_t encoder_positions, decoder_positions, position_offset;
-  int32_t pre_norm, embedding_norm, final_norm;  // final_norm: after the last layer of each stack (mBART)
-  int32_t head_bias;                             // final_logits_bias is there
-  int32_t embedding_d;                           // width of the embeddings; d unless embedding_map
-  int32_t embedding_map;                         // a matrix [d, embedding_d] after them (ALBERT)
-  int32_t encoder_steps;                         // how often a layer runs; neighbours share one (ALBERT)
-  int32_t activation;                            // Activation of the feed-forward
-  int32_t token_types;                           // 0 without them
+  int32_t pre_norm;  // before each block, and one after each stack (mBART)
+  int32_t embedding_norm;
+  int32_t head_bias;      // final_logits_bias is there
+  int32_t embedding_d;    // width of the embeddings; d unless embedding_map
+  int32_t embedding_map;  // a matrix [d, embedding_d] after them (ALBERT)
+  int32_t encoder_steps;  // how often a layer runs; neighbours share one (ALBERT)
+  int32_t activation;     // Activation of the feed-forward
+  int32_t token_types;    // 0 without them
   float embed_scale, eps;
 };
 

@@ -18,18 +18,26 @@ static void refuse_overflow() {
   throw std::overflow_error("cannot quantize NaN or infinite values: the model or its input has overflowed");
 }
 
-void Passes::quantize(const float* x, int m, int k, Quantized& out) {
-  out.m = m;
-  out.lda = round_up(k, kAlign);
-  int8_t* codes = out.codes.reserve(static_cast<size_t>(m) * out.lda);
-  float* scale = out.scale.reserve(m);
-  int32_t* sum = out.sum.reserve(m);
-  std::atomic<bool> finite{true};
+template <class Rows>
+static void by_rows(Pool& pool, int m, const Rows& rows) {
   const int block = m <= kSerialRows ? m : std::max(1, std::min(16, m / pool.threads()));
-  pool.run((m + block - 1) / block, [&](int i) {
-    const int row = i * block, rows = std::min(block, m - row);
-    if (!model.kernels.quantize(x + static_cast<int64_t>(row) * k, k, rows, k,
-                                codes + static_cast<int64_t>(row) * out.lda, out.lda, scale + row, sum + row))
+  pool.run((m + block - 1) / block, [&](int i) { rows(i * block, std::min(block, m - i * block)); });
+}
+
+void Quantized::reserve(int rows, int k) {
+  m = rows;
+  lda = round_up(k, kAlign);
+  codes.reserve(static_cast<size_t>(m) * lda);
+  scale.reserve(m);
+  sum.reserve(m);
+}
+
+void Passes::quantize(const float* x, int m, int k, Quantized& out) {
+  out.reserve(m, k);
+  std::atomic<bool> finite{true};
+  by_rows(pool, m, [&](int row, int rows) {
+    if (!model.kernels.quantize(x + static_cast<int64_t>(row) * k, k, rows, k, out.codes_of(row), out.lda,
+                                out.scale.get() + row, out.sum.get() + row))
       finite = false;
   });
   if (!finite) refuse_overflow();
@@ -37,12 +45,26 @@ void Passes::quantize(const float* x, int m, int k, Quantized& out) {
 
 void Passes::norm(const Norm& norm, const float* x, int m, float* y) {
   const int d = static_cast<int>(norm.weight.size());
-  const int block = m <= kSerialRows ? m : std::max(1, std::min(16, m / pool.threads()));
-  pool.run((m + block - 1) / block, [&](int i) {
-    const int64_t row = i * block;
-    model.kernels.layer_norm(x + row * d, std::min<int>(block, m - row), d, norm.weight.data(), norm.bias.data(),
-                             model.config.eps, y + row * d);
+  by_rows(pool, m, [&](int row, int rows) {
+    const int64_t at = static_cast<int64_t>(row) * d;
+    model.kernels.layer_norm(x + at, rows, d, norm.weight.data(), norm.bias.data(), model.config.eps, y + at);
   });
+}
+
+void Passes::norm_and_quantize(const Norm& norm, const float* x, int m, float* y, Quantized& out) {
+  const int d = static_cast<int>(norm.weight.size());
+  out.reserve(m, d);
+  std::atomic<bool> finite{true};
+  by_rows(pool, m, [&](int first, int rows) {
+    for (int row = first; row < first + rows; ++row) {
+      const int64_t at = static_cast<int64_t>(row) * d;
+      model.kernels.layer_norm(x + at, 1, d, norm.weight.data(), norm.bias.data(), model.config.eps, y + at);
+      if (!model.kernels.quantize(y + at, d, 1, d, out.codes_of(row), out.lda, out.scale.get() + row,
+                                  out.sum.get() + row))
+        finite = false;
+    }
+  });
+  if (!finite) refuse_overflow();
 }
 
 void Passes::linear(const Linear& linear, const Quantized& x, float* y, int activation, const float* residual) {
@@ -83,9 +105,8 @@ void Passes::embed(const Stack& stack, const int32_t* tokens, const int32_t* typ
                    float* h) {
   const int d = model.config.embedding_d;
   float* x = model.config.embedding_map ? wide_.reserve(static_cast<size_t>(m) * d) : h;
-  const int block = m <= kSerialRows ? m : std::max(1, std::min(16, m / pool.threads()));
-  pool.run((m + block - 1) / block, [&](int i) {
-    for (int row = i * block; row < std::min(m, (i + 1) * block); ++row) {
+  by_rows(pool, m, [&](int first, int rows) {
+    for (int row = first; row < first + rows; ++row) {
       float* out = x + static_cast<int64_t>(row) * d;
       model.embed(tokens[row], out);
       if (!stack.token_types.empty()) {
@@ -97,22 +118,29 @@ void Passes::embed(const Stack& stack, const int32_t* tokens, const int32_t* typ
     }
   });
   if (model.config.embedding_norm) norm(stack.embedding_norm, x, m, x);
-  if (!model.config.embedding_map) return;
-  quantize(x, m, d, input_);
-  linear(stack.embedding_map, input_, h, kNone, nullptr);
+  if (model.config.embedding_map) {
+    quantize(x, m, d, input_);
+    linear(stack.embedding_map, input_, h, kNone, nullptr);
+  }
+  if (!model.config.pre_norm) quantize(h, m, model.config.d, input_);
 }
 
-// h += fc2(gelu(fc1(h))), with the norm before (mBART) or after (BART).
+void Passes::start_block(const Norm& norm, const float* h, int m) {
+  if (model.config.pre_norm) norm_and_quantize(norm, h, m, normed_.get(), input_);
+}
+
+void Passes::end_block(const Norm& norm, float* h, int m) {
+  if (!model.config.pre_norm) norm_and_quantize(norm, h, m, h, input_);
+}
+
+// h += fc2(gelu(fc1(h))).
 void Passes::feed_forward(const Layer& layer, float* h, int m) {
-  const int d = model.config.d;
-  const float* x = h;
-  if (model.config.pre_norm) norm(layer.norm, h, m, normed_.get()), x = normed_.get();
-  quantize(x, m, d, input_);
+  start_block(layer.norm, h, m);
   float* wide = wide_.reserve(static_cast<size_t>(m) * layer.fc1.n);
   linear(layer.fc1, input_, wide, model.config.activation, nullptr);
   quantize(wide, m, layer.fc1.n, input_);
   linear(layer.fc2, input_, h, kNone, h);
-  if (!model.config.pre_norm) norm(layer.norm, h, m, h);
+  end_block(layer.norm, h, m);
 }
 
 void Passes::encode(const int32_t* tokens, const int32_t* types, const int32_t* starts, int items,
@@ -129,9 +157,7 @@ void Passes::encode(const int32_t* tokens, const int32_t* types, const int32_t* 
   embed(model.encoder, tokens, types, positions, m, h);
   for (int step = 0; step < c.encoder_steps; ++step) {
     const Layer& layer = model.encoder.layers[static_cast<int64_t>(step) * c.encoder_layers / c.encoder_steps];
-    const float* x = h;
-    if (c.pre_norm) norm(layer.self.norm, h, m, normed_.get()), x = normed_.get();
-    quantize(x, m, d, input_);
+    start_block(layer.self.norm, h, m);
     linear_by_head(layer.self.qkv, input_, qkv);
     pool.run(items * c.heads, [&](int i) {
       const int item = i / c.heads;
@@ -139,10 +165,10 @@ void Passes::encode(const int32_t* tokens, const int32_t* types, const int32_t* 
     });
     quantize(mixed, m, d, input_);
     linear(layer.self.out, input_, h, kNone, h);
-    if (!c.pre_norm) norm(layer.self.norm, h, m, h);
+    end_block(layer.self.norm, h, m);
     feed_forward(layer, h, m);
   }
-  if (c.final_norm) norm(model.encoder.final_norm, h, m, h);
+  if (c.pre_norm) norm_and_quantize(model.encoder.final_norm, h, m, h, input_);
   if (hidden) std::memcpy(hidden, h, sizeof(float) * m * d);
   if (!sources) return;
 
@@ -156,7 +182,6 @@ void Passes::encode(const int32_t* tokens, const int32_t* types, const int32_t* 
     source.k_scale.reserve(places * source.length);
     source.v_scale.reserve(places * source.length);
   }
-  quantize(h, m, d, input_);
   for (int l = 0; l < c.decoder_layers; ++l) {
     linear_by_head(model.decoder.layers[l].cross.kv, input_, qkv);
     pool.run(items * c.heads, [&](int i) {
@@ -255,8 +280,8 @@ void Passes::start_decoding(int max_rows, int max_length) {
   query_sum_.reserve(rows * c.heads);
 }
 
-const Quantized& Passes::decode(const std::vector<Row>& rows, int t, const std::vector<std::vector<int32_t>>& history,
-                                const std::vector<Source>& sources) {
+void Passes::decode(const std::vector<Row>& rows, int t, const std::vector<std::vector<int32_t>>& history,
+                    const std::vector<Source>& sources) {
   const Config& c = model.config;
   const int m = static_cast<int>(rows.size()), d = c.d;
   float *h = hidden_.get(), *qkv = qkv_.get(), *mixed = mixed_.get();
@@ -276,18 +301,14 @@ const Quantized& Passes::decode(const std::vector<Row>& rows, int t, const std::
   embed(model.decoder, tokens.data(), nullptr, positions_.get(), m, h);
   for (int l = 0; l < c.decoder_layers; ++l) {
     const Layer& layer = model.decoder.layers[l];
-    const float* x = h;
-    if (c.pre_norm) norm(layer.self.norm, h, m, normed_.get()), x = normed_.get();
-    quantize(x, m, d, input_);
+    start_block(layer.self.norm, h, m);
     linear(layer.self.qkv, input_, qkv, kNone, nullptr);
     pool.run(m * c.heads, [&](int i) { attend_self(qkv, l, t, i / c.heads, i % c.heads, history[i / c.heads]); });
     quantize(mixed, m, d, input_);
     linear(layer.self.out, input_, h, kNone, h);
-    if (!c.pre_norm) norm(layer.self.norm, h, m, h);
+    end_block(layer.self.norm, h, m);
 
-    x = h;
-    if (c.pre_norm) norm(layer.cross.norm, h, m, normed_.get()), x = normed_.get();
-    quantize(x, m, d, input_);
+    start_block(layer.cross.norm, h, m);
     linear(layer.cross.qkv, input_, qkv, kNone, nullptr);
     pool.run(groups * c.heads, [&](int i) {
       const int first = firsts[i / c.heads];
@@ -295,12 +316,10 @@ const Quantized& Passes::decode(const std::vector<Row>& rows, int t, const std::
     });
     quantize(mixed, m, d, input_);
     linear(layer.cross.out, input_, h, kNone, h);
-    if (!c.pre_norm) norm(layer.cross.norm, h, m, h);
+    end_block(layer.cross.norm, h, m);
     feed_forward(layer, h, m);
   }
-  if (c.final_norm) norm(model.decoder.final_norm, h, m, h);
-  quantize(h, m, d, last_);
-  return last_;
+  if (c.pre_norm) norm_and_quantize(model.decoder.final_norm, h, m, h, input_);
 }
 
 void Passes::attend_self(float* qkv, int layer, int t, int row, int head, const std::vector<int32_t>& history) {
@@ -359,7 +378,7 @@ void Passes::attend_cross(int layer, int head, int first_row, int rows, const So
 void Passes::head(int first_panel, int last_panel, float* out, int64_t ldo) const {
   // product() writes at the panel's own columns; shift the base so that the first panel lands at out[0].
   const Epilogue end = {model.config.head_bias ? model.head_bias.data() : nullptr, nullptr, kNone};
-  model.kernels.product(model.vocabulary.packed(), last_.rows(0, last_.m), first_panel, last_panel,
+  model.kernels.product(model.vocabulary.packed(), input_.rows(0, input_.m), first_panel, last_panel,
                         out - static_cast<int64_t>(first_panel) * kColumns, ldo, end, nullptr);
 }
 

@@ -15,6 +15,8 @@ struct Quantized {
   Buffer<float> scale;
   Buffer<int32_t> sum;
   int m = 0, lda = 0;
+  void reserve(int rows, int k);
+  int8_t* codes_of(int row) { return codes.get() + static_cast<int64_t>(row) * lda; }
   Rows rows(int first, int count) const {
     return {codes.get() + static_cast<int64_t>(first) * lda, scale.get() + first, sum.get() + first, count, lda};
   }
@@ -44,10 +46,10 @@ class Passes {
               std::vector<Source>* sources, float* hidden);
 
   void start_decoding(int max_rows, int max_length);
-  // Hidden states [rows, d] of step `t`, quantized for the head. Rows of one source must be neighbours.
+  // Step `t` of all rows, up to what head() multiplies. Rows of one source must be neighbours.
   // history(row)[0..t): cache places of its earlier tokens; this step writes place t * max_rows + row.
-  const Quantized& decode(const std::vector<Row>& rows, int t, const std::vector<std::vector<int32_t>>& history,
-                          const std::vector<Source>& sources);
+  void decode(const std::vector<Row>& rows, int t, const std::vector<std::vector<int32_t>>& history,
+              const std::vector<Source>& sources);
   // Logits of columns [first, first + count) for all rows: out[rows, ldo]. First and count multiples of 16 columns.
   void head(int first_panel, int last_panel, float* out, int64_t ldo) const;
 
@@ -68,6 +70,11 @@ class Passes {
   // Rows from `first` on of head `head` of projection `which`, in what linear_by_head wrote for m rows.
   HeadRows head_rows(const float* y, int m, int projections, int which, int head, int first) const;
   void norm(const Norm& norm, const float* x, int m, float* y);
+  // The same, and while a row is in the first cache, its codes: what the next product takes.
+  void norm_and_quantize(const Norm& norm, const float* x, int m, float* y, Quantized& out);
+  // A block reads input_ and adds to h. Its norm comes before (mBART) or after (BART); either way input_ is made there.
+  void start_block(const Norm& norm, const float* h, int m);
+  void end_block(const Norm& norm, float* h, int m);
   void embed(const Stack& stack, const int32_t* tokens, const int32_t* types, const int32_t* positions, int m,
              float* x);
   void attend_source(const float* qkv, int m, int first, int length, int head, float* out) const;
@@ -76,7 +83,7 @@ class Passes {
   void attend_self(float* qkv, int layer, int t, int row, int head, const std::vector<int32_t>& history);
   void attend_cross(int layer, int head, int first_row, int rows, const Source& source);
 
-  Quantized input_, last_;
+  Quantized input_;
   Buffer<float> hidden_, normed_, qkv_, mixed_, wide_;
   Buffer<int32_t> positions_;
   int max_rows_ = 0, max_length_ = 0;
