@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from dqbart_kernels.gpu import products
+from dqbart_kernels.gpu import products, rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
 }  # fmt: skip
+FLOATS = {"eps": "fp32"}  # arguments; the others are pointers and sizes
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -37,6 +38,9 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
             )  # fmt: skip
             options = dict(num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=False)
             yield f"int8_matmul m {m} bits {bits}", products._int8_matmul, pointers, constants, options
+    pointers = dict(x="fp32", weight="fp32", bias="fp32", h="fp32", codes="i8", scale="fp32")
+    options = dict(num_warps=4, enable_fp_fusion=False)
+    yield "norm_and_quantize", rows._norm_and_quantize, pointers, dict(BD=1024), options
 
 
 def build(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], target: GPUTarget, options: Any) -> Any:
@@ -46,9 +50,9 @@ def build(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], targ
     constants = constants | {name: None for name in names if name.endswith("_ptr") and name not in types}
     if "ASM" in names:
         constants = constants | {"ASM": target.backend == "cuda"}
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    signature = {name: "constexpr" if name in constants else types.get(name, FLOATS.get(name, "i32")) for name in names}
     whole = [["tt.divisibility", 16]]
-    attributes = {(i,): whole for i, name in enumerate(names) if name not in constants and name != "M"}
+    attributes = {(i,): whole for i, name in enumerate(names) if name not in constants and name not in ("M", *FLOATS)}
     values = {(names.index(name),): value for name, value in constants.items()}
     return triton.compile(ASTSource(kernel, signature, values, attributes), target=target, options=options)
 

@@ -41,3 +41,9 @@ def test_products(made: list[dict[str, Any]]) -> None:
             assert row["registers"] <= (80 if m < 64 else 200) and row["copies"] > 0, row
             assert row["instructions"] <= {4: 900, 64: 3800, 512: 2100}[m], row
             assert row["fused"] == 0 or m == 64, row  # m 64 has GELU, and a division is made of fused steps
+
+
+def test_rows(made: list[dict[str, Any]]) -> None:
+    (row,) = [row for row in made if row["kernel"] == "norm_and_quantize"]
+    assert row["spills"] == 0, row
+    assert row["target"] == "gfx942" or (row["registers"] <= 64 and row["instructions"] <= 800), row
