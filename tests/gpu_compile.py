@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
 }  # fmt: skip
-FLOATS = {"eps": "fp32"}  # arguments; the others are pointers and sizes
+FLOATS = {"eps": "fp32", "embed_scale": "fp32"}  # arguments; the others are pointers and sizes
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -40,6 +40,9 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
             yield f"int8_matmul m {m} bits {bits}", products._int8_matmul, pointers, constants, options
     pointers = dict(x="fp32", weight="fp32", bias="fp32", h="fp32", codes="i8", scale="fp32")
     options = dict(num_warps=4, enable_fp_fusion=False)
+    table = dict(id="i32", type="i32", position="i32", packed="u8", token_scale="fp32", types="fp32", positions="fp32")
+    for bits in (8, 2):
+        yield f"embed bits {bits}", rows._embed, table | pointers, dict(BITS=bits, BD=1024), options
     yield "norm_and_quantize", rows._norm_and_quantize, pointers, dict(BD=1024), options
 
 

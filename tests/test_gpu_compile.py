@@ -44,6 +44,8 @@ def test_products(made: list[dict[str, Any]]) -> None:
 
 
 def test_rows(made: list[dict[str, Any]]) -> None:
-    (row,) = [row for row in made if row["kernel"] == "norm_and_quantize"]
-    assert row["spills"] == 0, row
-    assert row["target"] == "gfx942" or (row["registers"] <= 64 and row["instructions"] <= 800), row
+    found = [row for row in made if row["kernel"].startswith(("embed", "norm"))]
+    assert len(found) == 3
+    for row in found:
+        assert row["spills"] == 0, row
+        assert row["target"] == "gfx942" or (row["registers"] <= 80 and row["instructions"] <= 1100), row

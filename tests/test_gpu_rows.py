@@ -5,8 +5,15 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
-from dqbart_kernels.gpu.rows import norm_and_quantize, norm_and_quantize_reference  # noqa: E402
+from dqbart_kernels.gpu.products import Weight  # noqa: E402
+from dqbart_kernels.gpu.rows import (  # noqa: E402
+    embed,
+    embed_reference,
+    norm_and_quantize,
+    norm_and_quantize_reference,
+)
 
+from dqbart.packed import layout  # noqa: E402
 from dqbart.quant.quantizers import Quantizer  # noqa: E402
 from dqbart.quant.rounding import RoundedOnceLayerNorm, round_once  # noqa: E402
 
@@ -60,3 +67,41 @@ def test_nothing_and_what_does_not_fit() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             norm_and_quantize(*arguments)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+@pytest.mark.parametrize("d", [48, 768])
+@pytest.mark.parametrize("whole", [False, True])
+def test_embedding(bits: int, d: int, whole: bool) -> None:
+    """Against the reference and, without norm and types, against scaled codes plus positions."""
+    torch.manual_seed(bits)
+    largest = {8: 127, 4: 7, 2: 1, 1: 1}[bits]
+    codes = torch.randint(-largest, largest + 1, (30, d), dtype=torch.int8)
+    codes = codes.ge(0).to(torch.int8) * 2 - 1 if bits == 1 else codes
+    table = Weight(layout.pack(codes, bits).to(DEVICE), torch.rand(30).to(DEVICE) + 0.1, bits, d)
+    ids = torch.tensor([0, 29, 7, 7], dtype=torch.int32, device=DEVICE)
+    positions, position = torch.randn(9, d).to(DEVICE), torch.tensor([2, 3, 8, 0], dtype=torch.int32, device=DEVICE)
+    more = dict(
+        norm=(torch.randn(d).to(DEVICE), torch.randn(d).to(DEVICE)),
+        token_types=(torch.randn(2, d).to(DEVICE), torch.tensor([0, 1, 1, 0], dtype=torch.int32, device=DEVICE)),
+        embed_scale=27.7,
+    )
+    arguments = (ids, table, positions, position)
+    found = embed(*arguments, **(more if whole else {}))  # type: ignore[arg-type]
+    want = embed_reference(*arguments, **(more if whole else {}))  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    if not whole:
+        by_hand = codes[ids.cpu().long()].float() * table.scale_N.cpu()[ids.cpu().long()][:, None]
+        assert torch.equal(found[0].cpu(), by_hand + positions.cpu()[position.cpu().long()])
+
+
+def test_embedding_refuses() -> None:
+    table = Weight(layout.pack(torch.ones(3, 40, dtype=torch.int8), 2).to(DEVICE), torch.ones(3, device=DEVICE), 2, 40)
+    ids, positions = torch.zeros(2, dtype=torch.int32, device=DEVICE), torch.zeros(4, 40, device=DEVICE)
+    assert embed(ids[:0], table, positions, ids[:0])[0].shape == (0, 40)
+    with pytest.raises(ValueError, match=r"ids torch.int64 \[2\]: expected contiguous torch.int32 \[2\]"):
+        embed(ids.long(), table, positions, ids)
+    with pytest.raises(
+        ValueError, match=r"positions torch.float32 \[4, 39\]: expected contiguous torch.float32 \[4, 40\]"
+    ):
+        embed(ids, table, positions[:, :39], ids)

@@ -1,13 +1,14 @@
-"""What stands between products, a row at a time: LayerNorm and the int8 codes that the next product takes.
+"""What stands between products, a row at a time: embedding, LayerNorm and the int8 codes that the next product takes.
 
+    x = table[id] * s[id] * embed_scale + type + position
     h = LayerNorm(x)          in float64, rounded once, as in every engine (dqbart/quant/rounding.py)
     codes = round(h / s)      half to even, s = max |h| / 127
 
 Problem: as launches of their own they cost more in waiting than in work. Method: one program holds a row in registers,
-reads it once and writes both results. A row that is not finite gives a scale that is NaN or infinite, so that what is
+reads it once and writes all results. A row that is not finite gives a scale that is NaN or infinite, so that what is
 made of it shows. Rejected: fp32 sums, whose last bit depends on their order.
 
-Shape suffixes: M rows, D width.
+Shape suffixes: M rows, D width, V tokens, W bytes of a packed row, P positions, T token types.
 """
 
 import torch
@@ -15,6 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+
+from dqbart_kernels.gpu.decode import BLOCK
+from dqbart_kernels.gpu.products import Weight, unpack
 
 
 @triton.jit
@@ -26,10 +30,45 @@ def _norm_and_quantize(
     scale_ptr,  # fp32 [M]
     D, eps, BD: tl.constexpr,
 ):  # fmt: skip
+    column = tl.arange(0, BD)
+    x = tl.load(x_ptr + tl.program_id(0).to(tl.int64) * D + column, mask=column < D, other=0)
+    _finish_row(x, weight_ptr, bias_ptr, h_ptr, codes_ptr, scale_ptr, D, eps, BD)
+
+
+@triton.jit
+def _embed(
+    id_ptr, type_ptr, position_ptr,  # int32 [M]: rows of the three tables; type None: none is added
+    packed_ptr,  # uint8 [V, W]
+    token_scale_ptr,  # fp32 [V]
+    types_ptr,  # fp32 [T, D], or None
+    positions_ptr,  # fp32 [P, D]
+    weight_ptr, bias_ptr, h_ptr, codes_ptr, scale_ptr,  # as above
+    W, D, embed_scale, eps, BITS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    PLANES: tl.constexpr = 8 // BITS
+    column = tl.arange(0, BD)
+    inside = column < D
+    row = tl.program_id(0)
+    token = tl.load(id_ptr + row).to(tl.int64)
+    byte = column // (BLOCK * PLANES) * BLOCK + column % BLOCK
+    packed = tl.load(packed_ptr + token * W + byte, mask=inside, other=0)
+    top = (packed.to(tl.int32) << (24 + 8 - BITS * (column // BLOCK % PLANES + 1))) >> (32 - BITS)
+    if BITS == 1:
+        top = top * 2 + 1
+    x = top.to(tl.float32) * tl.load(token_scale_ptr + token) * embed_scale
+    if type_ptr is not None:
+        x = x + tl.load(types_ptr + tl.load(type_ptr + row).to(tl.int64) * D + column, mask=inside, other=0)
+    x = x + tl.load(positions_ptr + tl.load(position_ptr + row).to(tl.int64) * D + column, mask=inside, other=0)
+    _finish_row(tl.where(inside, x, 0.0), weight_ptr, bias_ptr, h_ptr, codes_ptr, scale_ptr, D, eps, BD)
+
+
+@triton.jit
+def _finish_row(x, weight_ptr, bias_ptr, h_ptr, codes_ptr, scale_ptr, D, eps, BD: tl.constexpr):
+    """LayerNorm where there is one; x has zeros from D on."""
     row = tl.program_id(0).to(tl.int64) * D
     column = tl.arange(0, BD)
     inside = column < D
-    h = tl.load(x_ptr + row + column, mask=inside, other=0)
+    h = x
     if weight_ptr is not None:
         mean = tl.sum(h.to(tl.float64), 0) / D
         centred = tl.where(inside, h.to(tl.float64) - mean, 0.0)
@@ -39,11 +78,12 @@ def _norm_and_quantize(
         h = (centred * inverse * weight + bias).to(tl.float32)
     if h_ptr is not None:
         tl.store(h_ptr + row + column, h, mask=inside)
-    peak = tl.maximum(tl.max(tl.abs(h), 0), 1e-30)
-    strange = tl.sum(h * 0.0, 0)  # 0, or NaN where something is not finite
-    codes = (h * (tl.div_rn(1.0, peak) * 127.0) + 12582912.0) - 12582912.0
-    tl.store(codes_ptr + row + column, codes.to(tl.int8), mask=inside)
-    tl.store(scale_ptr + tl.program_id(0), tl.div_rn(peak, 127.0) + strange)
+    if codes_ptr is not None:
+        peak = tl.maximum(tl.max(tl.abs(h), 0), 1e-30)
+        strange = tl.sum(h * 0.0, 0)  # 0, or NaN where something is not finite
+        codes = (h * (tl.div_rn(1.0, peak) * 127.0) + 12582912.0) - 12582912.0
+        tl.store(codes_ptr + row + column, codes.to(tl.int8), mask=inside)
+        tl.store(scale_ptr + tl.program_id(0), tl.div_rn(peak, 127.0) + strange)
 
 
 def norm_and_quantize(
@@ -77,6 +117,82 @@ def norm_and_quantize_reference(
     peak = h_MD.abs().amax(-1, keepdim=True).clamp(min=1e-30)
     codes = (h_MD * (peak.reciprocal() * 127)).round()
     return codes.to(torch.int8), (peak / 127)[:, 0], h_MD if keep and weight_D is not None else None
+
+
+def embed(
+    ids_M: Tensor,
+    table: Weight,
+    positions_PD: Tensor,
+    position_M: Tensor,
+    norm: tuple[Tensor, Tensor] | None = None,
+    token_types: tuple[Tensor, Tensor] | None = None,
+    embed_scale: float = 1.0,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h fp32 [M, D] of int32 token ids and positions, its int8 codes [M, D] and scales [M].
+
+    `norm`: LayerNorm's weight and bias. `token_types`: their table [T, D] and int32 [M]. Indices are the caller's to
+    check: out of range they read what lies beside the table. Raises `ValueError` for wrong types and shapes.
+    """
+    m, d = _check_embedding(ids_M, table, positions_PD, position_M, norm, token_types)
+    h_MD = torch.empty((m, d), dtype=torch.float32, device=ids_M.device)
+    codes_MD = torch.empty((m, d), dtype=torch.int8, device=ids_M.device)
+    scale_M = torch.empty(m, dtype=torch.float32, device=ids_M.device)
+    types_TD, type_M = token_types or (None, None)
+    if m:
+        wide = triton.next_power_of_2(d)
+        _embed[(m,)](
+            ids_M, type_M, position_M, table.packed_NW, table.scale_N, types_TD, positions_PD, *(norm or (None, None)),
+            h_MD, codes_MD, scale_M, table.packed_NW.shape[1], d, embed_scale, eps, BITS=table.bits, BD=wide,
+            num_warps=min(8, max(1, wide // 256)), enable_fp_fusion=False,
+        )  # fmt: skip
+    return h_MD, codes_MD, scale_M
+
+
+def embed_reference(
+    ids_M: Tensor,
+    table: Weight,
+    positions_PD: Tensor,
+    position_M: Tensor,
+    norm: tuple[Tensor, Tensor] | None = None,
+    token_types: tuple[Tensor, Tensor] | None = None,
+    embed_scale: float = 1.0,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in torch."""
+    _check_embedding(ids_M, table, positions_PD, position_M, norm, token_types)
+    x_MD = unpack(table)[ids_M.long()].float() * table.scale_N[ids_M.long()][:, None] * embed_scale
+    if token_types is not None:
+        x_MD = x_MD + token_types[0][token_types[1].long()]
+    x_MD = x_MD + positions_PD[position_M.long()]
+    weight_D, bias_D = norm or (None, None)
+    codes_MD, scale_M, h_MD = norm_and_quantize_reference(x_MD, weight_D, bias_D, eps)
+    return x_MD if h_MD is None else h_MD, codes_MD, scale_M
+
+
+def _check_embedding(
+    ids_M: Tensor,
+    table: Weight,
+    positions_PD: Tensor,
+    position_M: Tensor,
+    norm: tuple[Tensor, Tensor] | None,
+    token_types: tuple[Tensor, Tensor] | None,
+) -> tuple[int, int]:
+    m, d = len(ids_M), table.k
+    wanted = [("ids", ids_M, torch.int32, [m]), ("positions of tokens", position_M, torch.int32, [m])]
+    wanted += [("positions", positions_PD, torch.float32, [len(positions_PD), d])]
+    if norm is not None:
+        wanted += [("LayerNorm's weight", norm[0], torch.float32, [d]), ("its bias", norm[1], torch.float32, [d])]
+    if token_types is not None:
+        types_TD, type_M = token_types
+        wanted += [("token types", types_TD, torch.float32, [len(types_TD), d])]
+        wanted += [("types of tokens", type_M, torch.int32, [m])]
+    for name, tensor, dtype, shape in wanted:
+        if tensor.dtype != dtype or list(tensor.shape) != shape or not tensor.is_contiguous():
+            raise ValueError(f"{name} {tensor.dtype} {list(tensor.shape)}: expected contiguous {dtype} {shape}")
+        if tensor.device != table.packed_NW.device:
+            raise ValueError(f"{name} on {tensor.device}, the table on {table.packed_NW.device}: expected one device")
+    return m, d
 
 
 def _check(x_MD: Tensor, weight_D: Tensor | None, bias_D: Tensor | None) -> tuple[int, int]:
