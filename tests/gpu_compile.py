@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from dqbart_kernels.gpu import products, rows
+from dqbart_kernels.gpu import attention, products, rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
 }  # fmt: skip
-FLOATS = {"eps": "fp32", "embed_scale": "fp32"}  # arguments; the others are pointers and sizes
+FLOATS = dict.fromkeys(("eps", "embed_scale", "scaling"), "fp32")  # arguments; the others are pointers and sizes
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -40,6 +40,20 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
             yield f"int8_matmul m {m} bits {bits}", products._int8_matmul, pointers, constants, options
     pointers = dict(x="fp32", weight="fp32", bias="fp32", h="fp32", codes="i8", scale="fp32")
     options = dict(num_warps=4, enable_fp_fusion=False)
+    pointers_of_attention = dict(q="fp32", k="i8", k_scale="fp32", v="i8", v_scale="fp32", length="i32", out="fp32")
+    for br in (16, 64):
+        yield f"attend {br}", attention._attend, pointers_of_attention, dict(BR=br, BS=64, BD=64), options
+    pointers_of_history = dict(
+        qkv="fp32", k="i8", v="i8", k_scale="fp32", v_scale="fp32", history="i32", step="i32", out="fp32"
+    )
+    yield "attend_history", attention._attend_history, pointers_of_history, dict(BT=32, BD=64), options
+    yield (
+        "quantize_heads",
+        attention._quantize_heads,
+        dict(x="fp32", codes="i8", scale="fp32"),
+        dict(BS=16, BD=64),
+        options,
+    )
     table = dict(id="i32", type="i32", position="i32", packed="u8", token_scale="fp32", types="fp32", positions="fp32")
     for bits in (8, 2):
         yield f"embed bits {bits}", rows._embed, table | pointers, dict(BITS=bits, BD=1024), options

