@@ -18,6 +18,7 @@ from dqbart_kernels.gpu.attention import (  # noqa: E402
 
 from dqbart.quant.attention import AttentionNumerics, attention  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, for rows beyond the last
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -84,7 +85,6 @@ def test_heads_are_quantized_as_the_contract_says() -> None:
         assert torch.equal(found, want)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter says what we test
 def test_what_is_not_finite_shows() -> None:
     x, length = torch.randn(1, 5, 32).to(DEVICE), torch.tensor([5], dtype=torch.int32, device=DEVICE)
     for broken in range(3):

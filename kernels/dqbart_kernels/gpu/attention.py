@@ -94,7 +94,7 @@ def _attend(
         weights = e * tl.load(v_scale_ptr + key, mask=key < length, other=0)[None, :]
         top = tl.maximum(top, tl.max(weights, 1))
         strange += tl.sum(weights * 0.0, 1)  # 0, or NaN where something is not finite
-    inverse = tl.div_rn(1.0, top) * LARGEST
+    inverse = tl.div_rn(1.0, tl.maximum(top, 1e-37)) * LARGEST  # rows beyond the last have no top
     high, low = tl.zeros((BR, BD), tl.int32), tl.zeros((BR, BD), tl.int32)
     for start in range(0, length, BS):
         scores = _scores(q, q_scale, k_ptr, k_scale_ptr, start, length, D, scaling, BS, BD)
@@ -149,7 +149,7 @@ def _attend_history(
         weights = e * tl.where(key == step, own_v_scale, tl.load(v_scale_ptr + at, mask=key < step, other=0))
         top = tl.maximum(top, tl.max(weights, 0))
         strange += tl.sum(weights * 0.0, 0)
-    inverse = tl.div_rn(1.0, top) * LARGEST
+    inverse = tl.div_rn(1.0, tl.maximum(top, 1e-37)) * LARGEST  # rows beyond the last have no top
     mixed = tl.zeros((BD,), tl.float64)
     for start in range(0, step + 1, BT):
         scores, at = _history_scores(q, q_scale, own_k, own_k_scale, k_ptr, k_scale_ptr, history_ptr, start, step, r, h,
