@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from real_inputs import arguments, read_batches
+from real_inputs import arguments, plainly, read_batches
 
 import dqbart
 from dqbart.evaluation.generate import effective_generation
@@ -99,4 +99,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(plainly(main))

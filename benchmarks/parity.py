@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_inputs import arguments, read_batches
+from real_inputs import arguments, plainly, read_batches
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
@@ -90,4 +90,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(plainly(main))

@@ -1,6 +1,8 @@
 """Real inputs for a packed folder: what parity.py and engines.py decode."""
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +42,12 @@ def read_batches(args: argparse.Namespace, batch_size: int) -> tuple[list[dict[s
     starts = range(0, len(rows), batch_size)
     batches = [collate([rows[i] for i in range(s, min(s + batch_size, len(rows)))]) for s in starts]
     return [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in batches], tokenizer, recipe
+
+
+def plainly(main: Callable[[], int]) -> int:
+    """What `main` returns; 2 and one line where the folder or the data are not what they should be."""
+    try:
+        return main()
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
