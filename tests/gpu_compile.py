@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from dqbart_kernels.gpu import attention, products, rows
+from dqbart_kernels.gpu import attention, head, products, rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -54,6 +54,17 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
         dict(BS=16, BD=64),
         options,
     )
+    yield (
+        "tile_stats",
+        head._tile_stats,
+        dict(logits="fp32", peak="fp32", sum="fp32"),
+        dict(TILE=512),
+        dict(num_warps=4),
+    )
+    pointers_of_top = dict(logits="fp32", peak="fp32", sum="fp32", value="fp32", token="i64", lse="fp32")
+    for k in (8, 16):
+        constants = dict(TILES=k, BT=128, TILE=512)
+        yield f"top_tokens {k}", head._top_tokens, pointers_of_top, constants, dict(num_warps=8)
     table = dict(id="i32", type="i32", position="i32", packed="u8", token_scale="fp32", types="fp32", positions="fp32")
     for bits in (8, 2):
         yield f"embed bits {bits}", rows._embed, table | pointers, dict(BITS=bits, BD=1024), options

@@ -61,3 +61,8 @@ def test_attention(made: list[dict[str, Any]]) -> None:
         assert not any(row["spills"] for row in (few, many, history, quantizing)), (
             made
         )  # gfx942 does spill, not tuned yet
+
+
+def test_head(made: list[dict[str, Any]]) -> None:
+    found = [row for row in made if row["kernel"].startswith(("tile", "top"))]
+    assert len(found) == 3 and not any(row["spills"] for row in found), found
