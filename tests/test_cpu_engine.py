@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from dqbart_kernels import cpu
+from dqbart_kernels.sizes import SIZES
 from tiny_models import tiny_seq2seq, token_batch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -266,7 +267,7 @@ def test_a_damaged_file_never_reaches_native_code(folders: dict[Any, Path], tmp_
 
 
 def _empty_model() -> cpu.Model:
-    sizes = dict.fromkeys(cpu.Model.SIZES, 1) | {"d": 32, "heads": 2, "vocabulary": 3, "position_offset": 0}
+    sizes = dict.fromkeys(SIZES, 1) | {"d": 32, "heads": 2, "vocabulary": 3, "position_offset": 0}
     sizes |= {"embedding_d": 32, "embedding_map": 0, "token_types": 0}
     return cpu.Model(sizes, embed_scale=1.0, eps=1e-5)
 

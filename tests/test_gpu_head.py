@@ -7,6 +7,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 
 from dqbart_kernels.gpu.head import top_tokens, top_tokens_reference  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter: minus infinity less itself
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

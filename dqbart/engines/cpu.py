@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from dqbart_kernels import cpu
 
 from dqbart.data.decoding import IMPLEMENTATION_SETTINGS, SAMPLING_SETTINGS
 from dqbart.engines.native import open_native, why_not
@@ -60,7 +61,7 @@ class CpuModel:
             read_generation_config(self.folder, config) or self._skeleton.generation_config
         )
         self.config = self._skeleton.config
-        self.native, _ = open_native(self.folder, spec, self._skeleton)
+        self.native, _ = open_native(self.folder, spec, self._skeleton, cpu.Model)
         self.threads = threads or torch.get_num_threads()
         self._torch_model: Any = None
         self._said: set[str] = set()

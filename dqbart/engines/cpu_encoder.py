@@ -125,7 +125,7 @@ def load_encoder(folder: str | Path, *, threads: int | None = None) -> Any:
     config = read_config(folder)
     spec = read_spec(folder, config)
     model = build_skeleton(folder, config, spec)
-    native, rest = open_native(folder, spec, model)
+    native, rest = open_native(folder, spec, model, cpu.Model)
     base = model.base_model
     for name in ("embeddings", "encoder", "transformer"):
         base._modules.pop(name, None)

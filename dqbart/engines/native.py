@@ -7,18 +7,22 @@ classifiers) is left to its caller.
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from dqbart_kernels import cpu as native
+from dqbart_kernels.sizes import ACTIVATIONS
 
 from dqbart.packed import shards
 from dqbart.packed.layout import FIELD_BITS, as_bytes, as_words, pack, unpack_trits
 from dqbart.packed.skeleton import expected_tensors
 from dqbart.packed.spec import PackedSpec
 from dqbart.packed.verify import check_files, model_config, read_config, read_spec
+
+S = TypeVar("S", bound="Stacks")
 
 _EMBEDDINGS = {
     r"embeddings\.word_embeddings": "shared",
@@ -101,8 +105,8 @@ def why_not(folder: Path) -> str | None:
     if spec.numerics != "integer" or spec.activation_bits != 8 or spec.probability_bits != 16:
         return "it runs integer numerics with 8-bit activations and 16-bit probabilities"
     activation = getattr(c, family.attributes[4])
-    if not isinstance(activation, str) or activation not in native.ACTIVATIONS:
-        return f"activation {activation!r}: it runs {' and '.join(native.ACTIVATIONS)}"
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        return f"activation {activation!r}: it runs {' and '.join(ACTIVATIONS)}"
     if kind in ("bart", "mbart") and c.encoder_attention_heads != c.decoder_attention_heads:
         return "encoder and decoder have different numbers of heads: it runs equal ones"
     if kind not in ("bart", "mbart") and getattr(c, "is_decoder", False):
@@ -133,8 +137,29 @@ def why_not(folder: Path) -> str | None:
     return None
 
 
-def open_native(folder: Path, spec: PackedSpec, skeleton: Any) -> tuple[native.Model, dict[str, shards.TensorInfo]]:
-    """Check the folder's files and read the stacks into native memory; and the tensors that are not theirs.
+class Stacks(Protocol):
+    """What an engine's model takes: matrices and vectors by native name, all of them before `finish`."""
+
+    def set_matrix(
+        self,
+        name: str,
+        bits: int,
+        shape: tuple[int, int],
+        planar: native.U8,
+        scale: native.F32,
+        bias: native.F32 | None,
+    ) -> None: ...
+
+    def set_vector(self, name: str, values: native.F32) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def open_native(
+    folder: Path, spec: PackedSpec, skeleton: Any, make: Callable[[dict[str, int], float, float], S]
+) -> tuple[S, dict[str, shards.TensorInfo]]:
+    """Check the folder's files and read the stacks into a model of `make(sizes, embed_scale, eps)`; and the tensors
+    that are not theirs.
 
     Raises `FileNotFoundError` or `ValueError` naming file and tensor, as `dqbart.packed.verify.verify` does.
     """
@@ -142,7 +167,7 @@ def open_native(folder: Path, spec: PackedSpec, skeleton: Any) -> tuple[native.M
     check_files(found, expected_tensors(skeleton, spec), spec)
     tensors = shards.merge(found)
     family = FAMILIES[skeleton.config.model_type]
-    model = _seq2seq(skeleton) if skeleton.config.model_type in ("bart", "mbart") else _encoder(skeleton)
+    model = make(*(_seq2seq if skeleton.config.model_type in ("bart", "mbart") else _encoder)(skeleton))
     for name, module in spec.modules.items():
         if module.tied_to is not None:
             continue
@@ -163,37 +188,37 @@ def open_native(folder: Path, spec: PackedSpec, skeleton: Any) -> tuple[native.M
     return model, tensors
 
 
-def _seq2seq(skeleton: Any) -> native.Model:
+def _seq2seq(skeleton: Any) -> tuple[dict[str, int], float, float]:
     c, before = skeleton.config, skeleton.config.model_type == "mbart"
     parts = {name: getattr(skeleton.model, name) for name in ("encoder", "decoder")}
-    return native.Model(
+    return (
         dict(
             d=c.d_model, heads=c.encoder_attention_heads, encoder_layers=c.encoder_layers,
             decoder_layers=c.decoder_layers, encoder_ffn=c.encoder_ffn_dim, decoder_ffn=c.decoder_ffn_dim,
             vocabulary=c.vocab_size, encoder_positions=parts["encoder"].embed_positions.weight.shape[0],
             decoder_positions=parts["decoder"].embed_positions.weight.shape[0],
             position_offset=parts["encoder"].embed_positions.offset, pre_norm=before, embedding_norm=True,
-            head_bias=True, activation=native.ACTIVATIONS[c.activation_function],
+            head_bias=True, activation=ACTIVATIONS[c.activation_function],
         ),
-        embed_scale=c.d_model**0.5 if c.scale_embedding else 1.0,
-        eps=parts["encoder"].layernorm_embedding.eps,
+        c.d_model**0.5 if c.scale_embedding else 1.0,
+        parts["encoder"].layernorm_embedding.eps,
     )  # fmt: skip
 
 
-def _encoder(skeleton: Any) -> native.Model:
+def _encoder(skeleton: Any) -> tuple[dict[str, int], float, float]:
     c, embeddings = skeleton.config, skeleton.base_model.embeddings
     width, heads, layers, ffn, activation = (getattr(c, name) for name in FAMILIES[c.model_type].attributes)
     shared = c.model_type == "albert"
-    return native.Model(
+    return (
         dict(
             d=width, heads=heads, encoder_layers=c.num_hidden_groups if shared else layers, encoder_steps=layers,
             encoder_ffn=ffn, vocabulary=c.vocab_size, embedding_d=c.embedding_size if shared else width,
             embedding_map=shared, encoder_positions=embeddings.position_embeddings.num_embeddings,
             position_offset=first_position(c), token_types=getattr(c, "type_vocab_size", 0),
-            activation=native.ACTIVATIONS[activation],
+            activation=ACTIVATIONS[activation],
         ),
-        embed_scale=1.0,
-        eps=embeddings.LayerNorm.eps,
+        1.0,
+        embeddings.LayerNorm.eps,
     )  # fmt: skip
 
 

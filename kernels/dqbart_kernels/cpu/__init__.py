@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dqbart_kernels.sizes import complete
+
 VARIABLE = "DQBART_ISA"
-ACTIVATIONS = {"gelu": 1, "gelu_new": 2}
 EARLY_STOPPING = {False: 0, True: 1, "never": 2}
 
 I8 = NDArray[np.int8]
@@ -113,28 +114,14 @@ def _ragged(sources: Sequence[I32]) -> tuple[I32, I32]:
 class Model:
     """A transformer in native memory: BART and mBART, or an encoder. Filled once, then used by any number of threads.
 
-    `sizes`: all of `SIZES`, as `Config` in src/model.h explains them; those in `DEFAULTS` may be left out, and
-    embedding_d and encoder_steps are then d and encoder_layers.
+    `sizes`: see `dqbart_kernels.sizes`.
     Raises `ValueError` with the name and what was expected for whatever doesn't fit.
     """
 
-    SIZES = (
-        "d", "heads", "encoder_layers", "decoder_layers", "encoder_ffn", "decoder_ffn", "vocabulary",
-        "encoder_positions", "decoder_positions", "position_offset", "pre_norm", "embedding_norm",
-        "head_bias", "embedding_d", "embedding_map", "encoder_steps", "activation", "token_types",
-    )  # fmt: skip
-    DEFAULTS = dict.fromkeys(
-        ("decoder_layers", "decoder_ffn", "decoder_positions", "position_offset", "pre_norm",
-         "head_bias", "embedding_map", "token_types"), 0,
-    ) | {"embedding_norm": 1, "activation": ACTIVATIONS["gelu"]}  # fmt: skip
-
     def __init__(self, sizes: dict[str, int], embed_scale: float, eps: float) -> None:
-        given = {"embedding_d": sizes.get("d", 0), "encoder_steps": sizes.get("encoder_layers", 0)} | sizes
-        sizes = self.DEFAULTS | given
-        if set(sizes) != set(self.SIZES):
-            raise ValueError(f"sizes {sorted(sizes)}: expected {sorted(self.SIZES)}")
+        sizes = complete(sizes)
         library = _load()
-        ints = np.array([sizes[name] for name in self.SIZES], np.int32)
+        ints = np.array(list(sizes.values()), np.int32)
         floats = np.array([embed_scale, eps], np.float32)
         isa = chosen_instruction_set().encode()
         self._ready = False

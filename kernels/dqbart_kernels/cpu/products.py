@@ -4,7 +4,8 @@ import ctypes
 
 import numpy as np
 
-from dqbart_kernels.cpu import ACTIVATIONS, F32, I8, I32, U8, _check, _load, _pointer
+from dqbart_kernels.cpu import F32, I8, I32, U8, _check, _load, _pointer
+from dqbart_kernels.sizes import ACTIVATIONS
 
 ALIGN = 64  # bytes that rows of int8 activations are padded to
 
