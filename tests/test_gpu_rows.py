@@ -17,6 +17,7 @@ from dqbart.packed import layout  # noqa: E402
 from dqbart.quant.quantizers import Quantizer  # noqa: E402
 from dqbart.quant.rounding import RoundedOnceLayerNorm, round_once  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
