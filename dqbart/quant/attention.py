@@ -100,7 +100,7 @@ def attention(
         probabilities = F.softmax(scores, dim=-1)
     else:
         total = (parts * 2.0**30).to(torch.int32).sum(-1, keepdim=True, dtype=torch.int64).double()
-        probabilities = (parts * (2.0**30 / total)).to(scores.dtype)
+        probabilities = (parts * (2.0**30 / total).float()).to(scores.dtype)
     if (listener := _listener.get()) is not None:
         listener(AttentionRecord(module, query, key, value, scores, probabilities))
     weights = F.dropout(probabilities, p=dropout, training=module.training)

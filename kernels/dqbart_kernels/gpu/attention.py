@@ -19,18 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dqbart_kernels.gpu.decode import exponential
+from dqbart_kernels.gpu.decode import exponential, quantize_rows
 
 LARGEST = tl.constexpr(127 * 257)
 Heads = tuple[Tensor, Tensor]  # int8 codes [B, H, S, D], fp32 scales [B, H, S]
-
-
-@triton.jit
-def _codes(x):
-    """int8 codes and scales of fp32 rows; a row that is not finite gets such a scale."""
-    peak = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)
-    codes = (x * (tl.div_rn(1.0, peak) * 127.0)[:, None] + 12582912.0) - 12582912.0
-    return codes.to(tl.int8), tl.div_rn(peak, 127.0) + tl.sum(x * 0.0, 1)
 
 
 @triton.jit
@@ -44,7 +36,9 @@ def _quantize_heads(
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     d = tl.arange(0, BD)
     inside = (s < S)[:, None] & (d < D)[None, :]
-    codes, scale = _codes(tl.load(x_ptr + (b * S + s)[:, None] * ldx + (h * D + d)[None, :], mask=inside, other=0))
+    codes, scale = quantize_rows(
+        tl.load(x_ptr + (b * S + s)[:, None] * ldx + (h * D + d)[None, :], mask=inside, other=0)
+    )
     place = (b * H + h) * S + s
     tl.store(codes_ptr + place[:, None] * D + d[None, :], codes, mask=inside)
     tl.store(scale_ptr + place, scale, mask=s < S)
@@ -72,7 +66,7 @@ def _attend(
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     d = tl.arange(0, BD)
     inside = (r < R)[:, None] & (d < D)[None, :]
-    q, q_scale = _codes(tl.load(q_ptr + (b * R + r)[:, None] * ldq + (h * D + d)[None, :], mask=inside, other=0))
+    q, q_scale = quantize_rows(tl.load(q_ptr + (b * R + r)[:, None] * ldq + (h * D + d)[None, :], mask=inside, other=0))
     length = tl.load(length_ptr + b)
     place = (b * H + h) * S
     k_ptr, v_ptr, k_scale_ptr, v_scale_ptr = (
@@ -124,7 +118,7 @@ def _attend_history(
     r, h, step = tl.program_id(0), tl.program_id(1), tl.load(step_ptr)
     d = tl.arange(0, BD)
     x = qkv_ptr + r * ldx + (tl.arange(0, 4)[:, None] * H + h) * D + d[None, :]  # q, k, v and nothing
-    codes, scale = _codes(tl.load(x, mask=(tl.arange(0, 4) < 3)[:, None] & (d < D)[None, :], other=0))
+    codes, scale = quantize_rows(tl.load(x, mask=(tl.arange(0, 4) < 3)[:, None] & (d < D)[None, :], other=0))
     q, own_k, own_v = _row(codes, 0), _row(codes, 1), _row(codes, 2)
     q_scale, own_k_scale, own_v_scale = _item(scale, 0), _item(scale, 1), _item(scale, 2)
     place = (step * R + r).to(tl.int64) * H + h

@@ -1,4 +1,4 @@
-"""Device functions that kernels share: packed fields to int8, and the contract's exp and GELU.
+"""Device functions that kernels share: packed fields to int8, and the contract's quantization, exp and GELU.
 
 Codes lie as planar32: a row is blocks of 32 bytes, and bits [b i, b (i + 1)) of byte j in a block hold code 32 i + j of
 it, in two's complement (1 bit: set means -1). Moving plane i to the top of its byte gives code * 2^(8 - b) as int8: no
@@ -75,3 +75,12 @@ def activate(x, ACTIVATION: tl.constexpr):
         e = exponential(tl.abs(u) * -2.0)
         x = tl.div_rn(tl.where(u > 0, x, x * e), e + 1.0)
     return x
+
+
+@triton.jit
+def quantize_rows(x):
+    """int8 codes and scales of fp32 rows, half to even; the scale of a row that is not finite is not finite either."""
+    peak = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)
+    codes = (x * (tl.div_rn(1.0, peak) * 127.0)[:, None] + 12582912.0) - 12582912.0
+    strange = tl.sum(x * 0.0, 1)  # 0, or NaN
+    return codes.to(tl.int8), tl.div_rn(peak, 127.0) + strange

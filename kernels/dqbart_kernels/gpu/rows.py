@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from dqbart_kernels.gpu.decode import BLOCK
+from dqbart_kernels.gpu.decode import BLOCK, quantize_rows
 from dqbart_kernels.gpu.products import Weight, unpack
 
 
@@ -79,11 +79,9 @@ def _finish_row(x, weight_ptr, bias_ptr, h_ptr, codes_ptr, scale_ptr, D, eps, BD
     if h_ptr is not None:
         tl.store(h_ptr + row + column, h, mask=inside)
     if codes_ptr is not None:
-        peak = tl.maximum(tl.max(tl.abs(h), 0), 1e-30)
-        strange = tl.sum(h * 0.0, 0)  # 0, or NaN where something is not finite
-        codes = (h * (tl.div_rn(1.0, peak) * 127.0) + 12582912.0) - 12582912.0
-        tl.store(codes_ptr + row + column, codes.to(tl.int8), mask=inside)
-        tl.store(scale_ptr + tl.program_id(0), tl.div_rn(peak, 127.0) + strange)
+        codes, scale = quantize_rows(h[None, :])
+        tl.store(codes_ptr + row + column[None, :], codes, mask=inside[None, :])
+        tl.store(scale_ptr + tl.program_id(0) + tl.arange(0, 1), scale)
 
 
 def norm_and_quantize(
