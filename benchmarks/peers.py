@@ -97,6 +97,9 @@ class System:
         return [*(self.command or own), *options]
 
 
+_DEVICES = {"cpu": ("cpu",), "triton": ("cuda",)}  # of dqbart's engines
+
+
 def systems(bits: Iterable[str], commands: Mapping[str, tuple[str, ...]]) -> list[System]:
     """All systems: transformers, the peers, every engine of dqbart at each of `bits`, and the user's own programs."""
     from dqbart.engines import ENGINES
@@ -110,7 +113,11 @@ def systems(bits: Iterable[str], commands: Mapping[str, tuple[str, ...]]) -> lis
         System("ctranslate2-int8", "8-8-8", "ctranslate2", "int8", "ctranslate2", ("cpu",)),
         System("onnxruntime-int8", "8-8-8", "onnxruntime", "int8", "onnxruntime", ("cpu",)),
         *(System(name, "", "own", name, command=command) for name, command in commands.items()),
-        *(System(f"dqbart-{engine}", one, "dqbart", engine) for engine in ENGINES for one in bits),
+        *(
+            System(f"dqbart-{engine}", one, "dqbart", engine, devices=_DEVICES.get(engine, ("cpu", "cuda")))
+            for engine in ENGINES
+            for one in bits
+        ),
     ]
 
 

@@ -94,7 +94,16 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--beams", type=int, nargs="+", default=[1, 4], help="widths to time (1 4)")
     verb.add_argument("--threads", type=int, help="as torch would use")
     verb.add_argument("--rounds", type=int, default=5)
+    verb.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     verb.set_defaults(run=run_bench)
+
+    verb = verbs.add_parser("warmup", help="compile the GPU's kernels for a folder, so that no request waits for it")
+    verb.add_argument("model")
+    verb.add_argument("--device", default="cuda")
+    verb.add_argument("--batch-size", type=int, nargs="+", default=[1], help="texts at a time (1)")
+    verb.add_argument("--beams", type=int, nargs="+", default=[1, 4], help="widths (1 4)")
+    verb.add_argument("--source-length", type=int, help="tokens of the longest text (as the model has positions)")
+    verb.set_defaults(run=run_warmup)
 
     verb = verbs.add_parser("report", help="one HTML page, with plots, of packed folders or folders of such")
     verb.add_argument("folders", nargs="+", metavar="DIR")
@@ -198,10 +207,19 @@ def run_bench(args: argparse.Namespace) -> dict[str, Any]:
     found = bench(
         args.model, against=args.against, source_length=args.source_length, new_tokens=args.new_tokens,
         batch_size=args.batch_size, beams=tuple(args.beams), threads=args.threads, rounds=args.rounds,
+        device=args.device,
     )  # fmt: skip
     for line in lines(found):
         print(line)
     return {"model": args.model} | found
+
+
+def run_warmup(args: argparse.Namespace) -> dict[str, Any]:
+    from dqbart.engines.warmup import warm_up
+
+    return {"model": args.model} | warm_up(
+        args.model, device=args.device, batch_sizes=args.batch_size, beams=args.beams, source_length=args.source_length
+    )
 
 
 def run_report(args: argparse.Namespace) -> dict[str, Any]:

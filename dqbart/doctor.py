@@ -13,11 +13,9 @@ EXTRAS = {
 def examine() -> dict[str, Any]:
     """Findings as JSON values, and under `lines` the same for a person."""
     import torch
-    from dqbart_kernels import cpu as native
     from dqbart_kernels.integer_matmul import best_path
 
-    from dqbart.engines import ENGINES
-    from dqbart.engines.native import describe
+    from dqbart.engines import cpu, triton
     from dqbart.evaluation.environment import environment
 
     found = environment()
@@ -27,10 +25,12 @@ def examine() -> dict[str, Any]:
         f"python {found['python']} on {found['system']}, {found['processor']}, {found['cores']} cores, "
         f"{found['instructions']}",
         "  ".join(f"{name} {number}" for name, number in found["packages"].items()),
-        f"engine cpu: {describe()}",
+        f"engine cpu: {cpu.describe()}",
+        f"engine triton: {triton.describe()}",
         f"engine torch: integer products on this CPU run through {path}, checked bit by bit just now",
         f"GPU: {found['gpu'] or 'none that torch can use'}",
         *(f"not installed: {name} (optional): {command}" for name, command in missing.items()),
     ]
-    engines = [name for name in ENGINES if name != "cpu" or native.reason() is None]
+    runners = (cpu.CpuRunner(), triton.GpuRunner())
+    engines = [runner.name for runner in runners if runner.reason() is None] + ["torch"]
     return found | {"engines": engines, "cpu_product": path, "missing": missing, "lines": lines}

@@ -1,5 +1,7 @@
 """Shared fixtures: a small teacher folder with a tokenizer, and a data file, made once per run."""
 
+import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -14,6 +16,38 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, as transformers may
 
 from tiny_models import tiny_seq2seq  # noqa: E402
+
+
+def patch_the_language_once_a_launch() -> None:
+    """Triton's interpreter patches triton.language again for every call inside a kernel, tl.max included, which takes
+    more than half of its time. Within one launch the first patch of a module does.
+    """
+    if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    done: list[set[frozenset[int]]] = []
+
+    def patch_once(function: Any) -> Any:
+        modules = frozenset(id(value) for value in function.__globals__.values() if inspect.ismodule(value))
+        if done and modules in done[-1]:
+            return None
+        if done:
+            done[-1].add(modules)
+        return patch(function)
+
+    def one_launch(self: Any, *arguments: Any, **options: Any) -> Any:
+        done.append(set())
+        try:
+            return launch(self, *arguments, **options)
+        finally:
+            done.pop()
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, one_launch
+
+
+patch_the_language_once_a_launch()
 
 # Where a shell started the tests in the background, interrupts are switched off, and for the processes under test too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from dqbart_kernels.gpu import attention, head, products, rows
+from dqbart_kernels.gpu import attention, head, products, rows, rules, search
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -57,15 +57,25 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
     yield (
         "tile_stats",
         head._tile_stats,
-        dict(logits="fp32", peak="fp32", sum="fp32"),
+        dict(scores="fp32", peak="fp32", sum="fp32"),
         dict(TILE=512),
         dict(num_warps=4),
     )
-    pointers_of_top = dict(logits="fp32", peak="fp32", sum="fp32", value="fp32", token="i64", lse="fp32")
     for k in (8, 16):
-        constants = dict(TILES=k, BT=128, TILE=512)
-        yield f"top_tokens {k}", head._top_tokens, pointers_of_top, constants, dict(num_warps=8)
-    table = dict(id="i32", type="i32", position="i32", packed="u8", token_scale="fp32", types="fp32", positions="fp32")
+        constants = dict(NORMALIZE=True, TILES=k, BT=128, TILE=512)
+        types = dict(scores="fp32", peak="fp32", sum="fp32", value="fp32", token="i32")
+        yield f"top_tokens {k}", head._top_tokens, types, constants, dict(num_warps=8)
+    ints = dict.fromkeys(("numbers", "step", "tokens", "history", "parents", "candidate", "done", "running"), "i32")
+    types = dict(scores="fp32", peak="fp32", sum="fp32", value="fp32", penalty="fp32", **{"class": "u8"}, words="i32")
+    constants = dict(NORMALIZE=True, BT=128, TILE=512)
+    yield "rules apply_classes", rules._apply_classes, ints | types, constants, dict(num_warps=4)
+    yield "rules look_back", rules._look_back, ints | types, dict(BT=256, BW=4), dict(num_warps=4)
+    types |= dict(score="fp32", divisor="fp32", ended_score="fp32")
+    ints |= dict.fromkeys(("ended", "improvable", "arrived", "strange"), "i32")
+    constants = dict(BC=64, BN=4, BK=8, BT=64)
+    yield "search advance_beams", search._advance_beams, ints | types, constants, dict(num_warps=4)
+    yield "search advance_rows", search._advance_rows, ints | types, dict(BR=64), dict(num_warps=4)
+    table = dict(id="i32", type="i32", step="i32", packed="u8", token_scale="fp32", types="fp32", positions="fp32")
     for bits in (8, 2):
         yield f"embed bits {bits}", rows._embed, table | pointers, dict(BITS=bits, BD=1024), options
     yield "norm_and_quantize", rows._norm_and_quantize, pointers, dict(BD=1024), options
@@ -74,7 +84,7 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
 def build(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], target: GPUTarget, options: Any) -> Any:
     """Pointers and row lengths are multiples of 16, as they are in models; a pointer without a type is None."""
     names = kernel.arg_names
-    types = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()}
+    types = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items() if f"{name}_ptr" in names}
     constants = constants | {name: None for name in names if name.endswith("_ptr") and name not in types}
     if "ASM" in names:
         constants = constants | {"ASM": target.backend == "cuda"}

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from dqbart.engines import load
-from dqbart.engines.cpu_encoder import NativeBase
+from dqbart.engines.encoder import NativeBase
 from dqbart.packed.checkpoint import load_packed, save_packed
 from dqbart.quant.layers import prepare
 
@@ -60,7 +60,7 @@ def test_hidden_states_and_pooled_output(
     monkeypatch.setenv(cpu.VARIABLE, isa)
     folder = saved(base_of(kind), tmp_path / "m", bits)
     fast, slow = load(folder, threads=2), load_packed(folder)
-    assert isinstance(fast, NativeBase) and isinstance(fast, BASES[kind]) and fast.native.instruction_set == isa
+    assert isinstance(fast, NativeBase) and isinstance(fast, BASES[kind]) and fast.runner.model.instruction_set == isa
     batch = token_batch(LENGTHS)
     with torch.no_grad():
         found, want = fast(**batch), slow(**batch)

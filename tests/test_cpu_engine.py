@@ -14,12 +14,17 @@ from tiny_models import tiny_seq2seq, token_batch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from dqbart.engines import load
-from dqbart.engines.cpu import CpuModel
+from dqbart.engines.cpu import CpuRunner
+from dqbart.engines.text import TextModel
 from dqbart.packed.checkpoint import load_packed, save_packed
 from dqbart.quant.layers import prepare
 
 pytestmark = pytest.mark.skipif(cpu.reason() is not None, reason=str(cpu.reason()))
 LENGTHS = [9, 3, 20, 33, 4]
+
+
+def opened(folder: Path, threads: int = 2) -> TextModel:
+    return TextModel(folder, CpuRunner(threads))
 
 
 def check_equal(found: list[Any], want: list[Any]) -> None:
@@ -56,7 +61,7 @@ def test_hidden_states_and_logits(
     kind: str, bits: str, isa: str, folders: dict[Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(cpu.VARIABLE, isa)
-    fast, slow = CpuModel(folders[kind, bits], threads=2), load_packed(folders[kind, bits])
+    fast, slow = opened(folders[kind, bits], 2), load_packed(folders[kind, bits])
     batch = token_batch(LENGTHS)
     decoder = torch.randint(4, 120, (5, 7), generator=torch.Generator().manual_seed(3))
     sources = [row[mask.bool()].numpy().astype(np.int32) for row, mask in zip(*batch.values(), strict=True)]
@@ -96,7 +101,7 @@ _models: dict[Path, tuple[Any, Any]] = {}
 
 def _pair(folder: Path) -> tuple[Any, Any]:
     if folder not in _models:
-        _models[folder] = CpuModel(folder, threads=2), load_packed(folder)
+        _models[folder] = opened(folder, 2), load_packed(folder)
     return _models[folder]
 
 
@@ -118,7 +123,7 @@ def test_alone_in_a_batch_padded_and_threaded_alike(folders: dict[Any, Path]) ->
     }
     assert torch.equal(fast.generate(**wider, num_beams=3), together)
     for threads in (1, 4):
-        assert torch.equal(CpuModel(fast.folder, threads=threads).generate(**batch, num_beams=3), together)
+        assert torch.equal(opened(fast.folder, threads).generate(**batch, num_beams=3), together)
     for i, length in enumerate(LENGTHS):
         alone = fast.generate(input_ids=batch["input_ids"][i : i + 1, :length], num_beams=3)[0]
         assert torch.equal(alone, together[i, : len(alone)]) and (together[i, len(alone) :] == 1).all()
@@ -204,7 +209,7 @@ def test_what_it_does_not_know_runs_in_the_torch_engine(
     call: dict[str, Any], word: str, folders: dict[Any, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = folders["bart", "2-2-8"]
-    fast, slow = CpuModel(folder), _slow(folder)
+    fast, slow = opened(folder), _slow(folder)
     with caplog.at_level(logging.WARNING, "dqbart"):
         torch.manual_seed(0)
         found = fast.generate(**token_batch([9, 4]), **call)
@@ -243,10 +248,10 @@ def test_generation_config_object_and_bad_input(folders: dict[Any, Path]) -> Non
 
 def test_load_picks_it_and_says_why_not(folders: dict[Any, Path], tmp_path: Path) -> None:
     folder = folders["bart", "8-8-8"]
-    assert isinstance(load(folder), CpuModel) and isinstance(load(folder, engine="cpu"), CpuModel)
-    assert not isinstance(load(folder, engine="torch"), CpuModel)
+    assert isinstance(load(folder), TextModel) and isinstance(load(folder, engine="cpu"), TextModel)
+    assert not isinstance(load(folder, engine="torch"), TextModel)
     paper = save_packed(prepare(tiny_seq2seq(), "2-2-8", numerics="paper"), tmp_path / "paper")
-    assert not isinstance(load(paper), CpuModel)
+    assert not isinstance(load(paper), TextModel)
     with pytest.raises(ValueError, match="engine 'cpu' can't run .*integer numerics.*use engine 'torch'"):
         load(paper, engine="cpu")
     mixed = save_packed(prepare(tiny_seq2seq(), "2-2-8", skip=("*.fc1",)), tmp_path / "mixed")
@@ -310,7 +315,7 @@ def test_the_binding_checks_names_shapes_and_dtypes() -> None:
 
 def test_stacks_with_different_numbers_of_heads_run_in_torch(tmp_path: Path) -> None:
     folder = save_packed(prepare(tiny_seq2seq(decoder_attention_heads=2), "2-2-8"), tmp_path / "m")
-    assert not isinstance(load(folder), CpuModel)
+    assert not isinstance(load(folder), TextModel)
     with pytest.raises(ValueError, match="different numbers of heads"):
         load(folder, engine="cpu")
 
@@ -320,7 +325,7 @@ def test_heads_as_wide_as_a_panel(kind: str, tmp_path: Path) -> None:
     """Projections of such heads lie head by head, those of others row by row."""
     model = tiny_seq2seq(kind, encoder_attention_heads=2, decoder_attention_heads=2)
     folder = save_packed(prepare(model, "2-2-8"), tmp_path / "m")
-    fast, slow, batch = CpuModel(folder, threads=2), load_packed(folder), token_batch(LENGTHS)
+    fast, slow, batch = opened(folder, 2), load_packed(folder), token_batch(LENGTHS)
     sources = [row[:n].to(torch.int32).numpy() for row, n in zip(batch["input_ids"], LENGTHS, strict=True)]
     with torch.no_grad():
         want = slow.get_encoder()(**batch).last_hidden_state.numpy()

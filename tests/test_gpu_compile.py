@@ -66,3 +66,9 @@ def test_attention(made: list[dict[str, Any]]) -> None:
 def test_head(made: list[dict[str, Any]]) -> None:
     found = [row for row in made if row["kernel"].startswith(("tile", "top"))]
     assert len(found) == 3 and not any(row["spills"] for row in found), found
+
+
+def test_rules_and_search(made: list[dict[str, Any]]) -> None:
+    found = [row for row in made if row["kernel"].startswith(("rules", "search"))]
+    assert len(found) == 4 and not any(row["spills"] for row in found), found
+    assert all(row["target"] == "gfx942" or row["registers"] <= 128 for row in found), found

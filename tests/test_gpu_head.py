@@ -24,22 +24,34 @@ def test_the_best_tokens_are_found_with_ties_in_order(v: int, k: int, kind: str)
         logits[torch.rand(3, v) < 0.5] = -torch.inf
         logits[1, : v - k] = -torch.inf  # whole tiles
     logits = logits.to(DEVICE)
-    values, tokens, lse = top_tokens(logits, k)
+    values, tokens = top_tokens(logits, k)
     want = top_tokens_reference(logits, k)
     assert torch.equal(values, want[0])
     finite = values > -torch.inf
     assert torch.equal(tokens[finite], want[1][finite])
-    torch.testing.assert_close(lse, want[2], rtol=1e-6, atol=1e-5)
+    values, again = top_tokens(logits, k, normalize=True)
+    assert torch.equal(again, tokens)
+    torch.testing.assert_close(values, top_tokens_reference(logits, k, normalize=True)[0], rtol=1e-6, atol=1e-5)
+
+
+def test_what_is_not_a_number_shows() -> None:
+    scores = torch.zeros(3, 600, device=DEVICE)
+    scores[1, 599] = torch.nan
+    scores[2] = -torch.inf
+    for normalize in (False, True):
+        values, tokens = top_tokens(scores, 2, normalize)
+        assert values.isnan().all(1).tolist() == [False, True, False] and (values[2] == -torch.inf).all()
+        assert ((tokens >= 0) & (tokens < 600)).all()
 
 
 def test_no_rows_and_what_does_not_fit() -> None:
     x = torch.zeros(2, 9, device=DEVICE)
     assert top_tokens(x[:0], 2)[0].shape == (0, 2)
-    for logits, k, words in (
-        (x, 0, "k 0: expected 1 to 9"),
-        (x, 10, "k 10: expected 1 to 9"),
-        (x.half(), 2, r"logits torch.float16 \[2, 9\]: expected contiguous fp32 \[M, V\]"),
+    for scores, k, words in (
+        (x, 0, r"k 0 of scores \[2, 9\]: expected 1 to 64, of as many tokens"),
+        (x, 10, "k 10 of scores"),
+        (x.half(), 2, r"scores torch.float16 \[2, 9\]: expected contiguous fp32 \[M, V\]"),
         (x.T, 1, "expected contiguous fp32"),
     ):
         with pytest.raises(ValueError, match=words):
-            top_tokens(logits, k)
+            top_tokens(scores, k)

@@ -10,9 +10,13 @@ from tiny_models import tiny_seq2seq, token_batch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
+from dqbart_kernels.gpu import model as gpu_model  # noqa: E402
 from dqbart_kernels.gpu.model import Model  # noqa: E402
 
+from dqbart.engines import load  # noqa: E402
+from dqbart.engines.encoder import NativeBase  # noqa: E402
 from dqbart.engines.native import first_position, open_native  # noqa: E402
+from dqbart.engines.text import TextModel  # noqa: E402
 from dqbart.packed.checkpoint import load_packed  # noqa: E402
 from dqbart.packed.verify import build_skeleton, read_config, read_spec  # noqa: E402
 
@@ -66,15 +70,48 @@ def test_encoder_and_decoder_steps(kind: str, bits: str, tmp_path: Path) -> None
     tokens = torch.full((4, 1), 2, device=DEVICE)
     generator = torch.Generator().manual_seed(3)
     for t in range(5):
-        found = fast.decode(tokens[:, -1].int(), sources, state)
+        state.tokens_TR[t] = tokens[:, -1]
+        found = fast.decode(sources, state)
         with torch.no_grad():
             assert torch.equal(found, slow(**given, decoder_input_ids=tokens).logits[:, -1])
         state.history_RT[:, t] = torch.arange(4, dtype=torch.int32, device=DEVICE)
         if t == 2:  # the second hypothesis of each source goes on from the first
             parents = torch.tensor([0, 0, 2, 2], device=DEVICE)
-            tokens, state.history_RT = tokens[parents], state.history_RT[parents].contiguous()
+            tokens = tokens[parents]
+            state.history_RT.copy_(state.history_RT[parents])
         tokens = torch.cat([tokens, torch.randint(4, 100, (4, 1), generator=generator).to(DEVICE)], 1)
-        state.step += 1
+        state.step.add_(1)
+
+
+@pytest.mark.parametrize("kind", ["bart", "mbart"])
+def test_generation(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From ids to ids on our kernels alone, padded to buckets that are larger than the batch."""
+    monkeypatch.setattr(gpu_model, "TOKENS", 16)
+    folder = saved(tiny_seq2seq(kind, encoder=1, decoder=1, forced_eos_token_id=None), tmp_path / "packed", "2-2-8")
+    slow, fast = load_packed(folder, DEVICE), load(folder, engine="triton", device=DEVICE)
+    assert isinstance(fast, TextModel) and fast.runner.name == "triton"
+    batch = {name: x.to(DEVICE) for name, x in token_batch([9, 4, 5]).items()}
+    for settings in ({"max_length": 5, "num_beams": 2}, {"max_length": 5, "no_repeat_ngram_size": 1}):
+        settings |= {"decoder_start_token_id": 2}
+        assert torch.equal(fast.generate(**batch, **settings), slow.generate(**batch, **settings))
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_encoders_behind_transformers_classes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_model, "TOKENS", 16)
+    folder = saved(base_of(kind), tmp_path / "packed", "2-2-8")
+    slow, fast = load_packed(folder, DEVICE), load(folder, engine="triton", device=DEVICE)
+    assert isinstance(fast, NativeBase) and fast.runner.name == "triton"
+    batch = {name: x.to(DEVICE) for name, x in token_batch([9, 3, 12]).items()}
+    with torch.no_grad():
+        want, found = slow(**batch), fast(**batch)
+    real = batch["attention_mask"].bool()
+    assert torch.equal(found.last_hidden_state[real], want.last_hidden_state[real])
+    assert not found.last_hidden_state[~real].any()
+    if kind == "bert":
+        torch.testing.assert_close(found.pooler_output, want.pooler_output)
+        with pytest.raises(ValueError, match="token type 2: expected 0 to 1"):
+            fast(**batch, token_type_ids=torch.full_like(batch["input_ids"], 2))
 
 
 def test_a_missing_matrix_is_named() -> None:

@@ -1,5 +1,7 @@
 """The GPU's row kernels, interpreted where there is no GPU."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -81,29 +83,35 @@ def test_embedding(bits: int, d: int, whole: bool) -> None:
     codes = torch.randint(-largest, largest + 1, (30, d), dtype=torch.int8)
     codes = codes.ge(0).to(torch.int8) * 2 - 1 if bits == 1 else codes
     table = Weight(layout.pack(codes, bits).to(DEVICE), torch.rand(30).to(DEVICE) + 0.1, bits, d)
-    ids = torch.tensor([0, 29, 7, 7], dtype=torch.int32, device=DEVICE)
-    positions, position = torch.randn(9, d).to(DEVICE), torch.tensor([2, 3, 8, 0], dtype=torch.int32, device=DEVICE)
-    more = dict(
-        norm=(torch.randn(d).to(DEVICE), torch.randn(d).to(DEVICE)),
-        token_types=(torch.randn(2, d).to(DEVICE), torch.tensor([0, 1, 1, 0], dtype=torch.int32, device=DEVICE)),
-        embed_scale=27.7,
+    ids = torch.tensor([[0, 29], [7, 7]], dtype=torch.int32, device=DEVICE)
+    kinds = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32, device=DEVICE)
+    positions, step = torch.randn(9, d).to(DEVICE), torch.tensor([1], dtype=torch.int32, device=DEVICE)
+    norm, types = (torch.randn(d).to(DEVICE), torch.randn(d).to(DEVICE)), torch.randn(2, d).to(DEVICE)
+    if whole:
+        for of_types in ((types, kinds), (types, None)):
+            more: dict[str, Any] = dict(first=2, norm=norm, token_types=of_types, embed_scale=27.7)
+            found, want = embed(ids, table, positions, **more), embed_reference(ids, table, positions, **more)
+            assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+        return
+    floats = codes.float() * table.scale_N.cpu()[:, None]
+    by_hand = torch.stack([floats[0], floats[29], floats[7], floats[7]])
+    assert torch.equal(embed(ids, table, positions)[0].cpu(), by_hand + positions.cpu()[[0, 1, 0, 1]])
+    one_step = embed(ids, table, positions, 3, step)
+    assert torch.equal(one_step[0].cpu(), floats[[7, 7]] + positions.cpu()[4])
+    assert all(
+        torch.equal(a, b) for a, b in zip(one_step, embed_reference(ids, table, positions, 3, step), strict=True)
     )
-    arguments = (ids, table, positions, position)
-    found = embed(*arguments, **(more if whole else {}))  # type: ignore[arg-type]
-    want = embed_reference(*arguments, **(more if whole else {}))  # type: ignore[arg-type]
-    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
-    if not whole:
-        by_hand = codes[ids.cpu().long()].float() * table.scale_N.cpu()[ids.cpu().long()][:, None]
-        assert torch.equal(found[0].cpu(), by_hand + positions.cpu()[position.cpu().long()])
 
 
 def test_embedding_refuses() -> None:
     table = Weight(layout.pack(torch.ones(3, 40, dtype=torch.int8), 2).to(DEVICE), torch.ones(3, device=DEVICE), 2, 40)
-    ids, positions = torch.zeros(2, dtype=torch.int32, device=DEVICE), torch.zeros(4, 40, device=DEVICE)
-    assert embed(ids[:0], table, positions, ids[:0])[0].shape == (0, 40)
-    with pytest.raises(ValueError, match=r"ids torch.int64 \[2\]: expected contiguous torch.int32 \[2\]"):
-        embed(ids.long(), table, positions, ids)
+    ids, positions = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE), torch.zeros(4, 40, device=DEVICE)
+    assert embed(ids[:, :0], table, positions)[0].shape == (0, 40)
+    with pytest.raises(ValueError, match=r"ids torch.int64 \[1, 2\]: expected contiguous torch.int32 \[1, 2\]"):
+        embed(ids.long(), table, positions)
+    with pytest.raises(ValueError, match=r"ids torch.int32 \[2\]: expected two dimensions"):
+        embed(ids[0], table, positions)
     with pytest.raises(
         ValueError, match=r"positions torch.float32 \[4, 39\]: expected contiguous torch.float32 \[4, 40\]"
     ):
-        embed(ids, table, positions[:, :39], ids)
+        embed(ids, table, positions[:, :39])

@@ -1,15 +1,15 @@
 """What runs a packed model. One function picks an engine and says which one it is.
 
 `cpu` is native code: the whole of `generate`, or of an encoder's layers, in one call, weights that stay packed.
-`torch` runs everywhere: transformers' own class with packed modules, exact integer products through torch's int8
-operators. It is the oracle for every other engine.
+`triton` is the same on GPUs. `torch` runs everywhere: transformers' own class with packed modules, exact integer
+products through torch's int8 operators. It is the oracle for every other engine.
 """
 
 import logging
 from pathlib import Path
 from typing import Any
 
-ENGINES = ("cpu", "torch")
+ENGINES = ("cpu", "triton", "torch")
 log = logging.getLogger("dqbart")
 
 
@@ -18,9 +18,10 @@ def load(
 ) -> Any:
     """The model of a folder that `compress` wrote, ready for `.generate()`, in eval mode.
 
-    `engine`: "auto" or one of `ENGINES`; auto is `cpu` where that can run the folder, else `torch`. `device`: as in
-    torch, default CPU. `dtype`: of activations between products, default fp32. `threads`: of engine `cpu`, default
-    torch's. Raises `FileNotFoundError` or `ValueError`, one line, for a folder or an engine that doesn't fit.
+    `engine`: "auto" or one of `ENGINES`; auto is `cpu` on the CPU and `triton` on a GPU where these can run the folder,
+    else `torch`. `device`: as in torch, default CPU, or "cuda" for engine `triton`. `dtype`: of activations between
+    products, default fp32, the only one that the native engines have. `threads`: of engine `cpu`, default torch's.
+    Raises `FileNotFoundError` or `ValueError`, one line, for a folder, a device or an engine that doesn't fit.
     """
     if engine not in ("auto", *ENGINES):
         raise ValueError(f"engine {engine!r}: expected 'auto' or one of {', '.join(map(repr, ENGINES))}")
@@ -29,34 +30,42 @@ def load(
         raise FileNotFoundError(f"{folder}: no such folder; expected one that 'dqbart compress' wrote")
     import torch
 
+    from dqbart.engines.native import Runner, unsuitable
     from dqbart.packed.checkpoint import load_packed
-    from dqbart.packed.verify import read_config
 
-    on_cpu = device is None or torch.device(device).type == "cpu"
-    if engine == "cpu" and not (on_cpu and dtype in (None, torch.float32)):
+    where = torch.device(device if device is not None else "cuda" if engine == "triton" else "cpu")
+    if engine == "cpu" and (where.type != "cpu" or dtype not in (None, torch.float32)):
         raise ValueError(f"engine 'cpu' with device {device!r}, dtype {dtype}: it runs on the CPU in fp32")
-    if engine == "cpu" or (engine == "auto" and on_cpu and dtype in (None, torch.float32)):
-        from dqbart.engines.native import why_not
+    if engine == "triton" and dtype not in (None, torch.float32):
+        raise ValueError(f"engine 'triton' with dtype {dtype}: its activations are fp32")
+    if engine != "torch" and where.type in ("cpu", "cuda") and dtype in (None, torch.float32):
+        from dqbart.engines.cpu import CpuRunner
+        from dqbart.engines.triton import GpuRunner
 
-        reason = why_not(folder)
-        if reason is None or engine == "cpu":
-            return _load_native(folder, read_config(folder).get("model_type"), threads)
-        log.info("engine torch, since the native one can't: %s", reason)
-    model = load_packed(folder, device=device, dtype=torch.float32 if dtype is None else dtype)
+        on_gpu = engine == "triton" or (engine == "auto" and where.type == "cuda")
+        runner: Runner = GpuRunner(where) if on_gpu else CpuRunner(threads)
+        reason = None if engine != "auto" else runner.reason() or unsuitable(folder)
+        if reason is None:
+            return _load_native(folder, runner)
+        log.info("engine torch, since engine %s can't: %s", runner.name, reason)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: torch sees no GPU; leave device out to run on the CPU")
+    model = load_packed(folder, device=where, dtype=torch.float32 if dtype is None else dtype)
     log.info("engine torch: transformers' %s with packed modules on %s", type(model).__name__, model.device)
     return model
 
 
-def _load_native(folder: Path, model_type: Any, threads: int | None) -> Any:
+def _load_native(folder: Path, runner: Any) -> Any:
+    from dqbart.packed.verify import read_config
+
     model: Any
-    if model_type in ("bart", "mbart"):
-        from dqbart.engines.cpu import CpuModel
+    if read_config(folder).get("model_type") in ("bart", "mbart"):
+        from dqbart.engines.text import TextModel
 
-        model = runs = CpuModel(folder, threads=threads)
+        model = TextModel(folder, runner)
     else:
-        from dqbart.engines.cpu_encoder import load_encoder
+        from dqbart.engines.encoder import load_encoder
 
-        model = load_encoder(folder, threads=threads)
-        runs = model.base_model
-    log.info("engine cpu: %s, %s threads", runs.native.instruction_set, runs.threads)
+        model = load_encoder(folder, runner)
+    log.info("engine %s: %s", runner.name, runner.describe())
     return model

@@ -1,20 +1,21 @@
-"""A packed folder read into native memory: which models the native engine runs, and where their tensors go.
+"""A packed folder read into native memory: which models the native engines run, and where their tensors go.
 
-Every family is the same stack of layers under other names, so a family is a table of names and a few sizes. `why_not`
-says what stands in the way; `open_native` reads a checked folder tensor by tensor. What belongs to no layer (poolers,
-classifiers) is left to its caller.
+Every family is the same stack of layers under other names, so a family is a table of names and a few sizes.
+`unsuitable` says what stands in the way; `open_native` reads a checked folder tensor by tensor. What belongs to no
+layer (poolers, classifiers) is left to its caller. A `Runner` is an engine: cpu.py and triton.py have one each.
 """
 
-import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import torch
 from dqbart_kernels import cpu as native
 from dqbart_kernels.sizes import ACTIVATIONS
+from torch import Tensor
 
 from dqbart.packed import shards
 from dqbart.packed.layout import FIELD_BITS, as_bytes, as_words, pack, unpack_trits
@@ -92,12 +93,10 @@ def native_name(family: Family, name: str) -> str | None:
     return None
 
 
-def why_not(folder: Path) -> str | None:
-    """Why the native engine can't run a packed folder; None if it can. Raises as `dqbart.packed.verify.verify` does."""
+def unsuitable(folder: Path) -> str | None:
+    """Why no native engine runs a packed folder; None if they do. Raises as `dqbart.packed.verify.verify` does."""
     config = read_config(folder)
     spec, c = read_spec(folder, config), model_config(folder, config)
-    if (reason := native.reason()) is not None:
-        return reason
     kind = c.model_type
     family = FAMILIES.get(kind)
     if family is None:
@@ -135,6 +134,39 @@ def why_not(folder: Path) -> str | None:
         if name.endswith("self_attn.q_proj") and module.bits != layers[name.replace("q_proj", "k_proj")].bits:
             return f"{name} and its k_proj have different bits: it multiplies them together"
     return None
+
+
+class Runner(Protocol):
+    """A native engine: what holds a model and runs it. `model` is there once `make` was called."""
+
+    name: str
+    device: torch.device
+    model: Any
+
+    def reason(self) -> str | None:
+        """Why it can't run here, in a line; None if it can."""
+
+    def describe(self) -> str:
+        """What it runs on, in words."""
+
+    def most_beams(self, ends: int) -> int:
+        """With so many end tokens."""
+
+    def make(self, sizes: dict[str, int], embed_scale: float, eps: float) -> "Stacks": ...
+
+    def hidden(self, ids_BL: Tensor, length_B: Tensor, types_BL: Tensor | None) -> Tensor:
+        """Last hidden states fp32 [B, L, D] of an encoder, zeros behind each text's tokens."""
+
+    def generate(self, sources: Sequence[native.I32], **options: Any) -> tuple[list[native.I32], native.F32, bool]:
+        """As `dqbart_kernels.cpu.Model.generate`."""
+
+
+def check_runs(runner: Runner, folder: Path) -> None:
+    """Raises `ValueError` where this engine can't run, or not this folder."""
+    if (reason := runner.reason()) is not None:
+        raise ValueError(f"engine {runner.name!r} can't run here: {reason}; use engine 'torch'")
+    if (reason := unsuitable(folder)) is not None:
+        raise ValueError(f"engine {runner.name!r} can't run {folder}: {reason}; use engine 'torch'")
 
 
 class Stacks(Protocol):
@@ -229,12 +261,3 @@ def first_position(config: Any) -> int:
 
 def _floats(info: shards.TensorInfo) -> native.F32:
     return np.ascontiguousarray(shards.read_tensor(info).float().reshape(-1).numpy())
-
-
-def describe() -> str:
-    """One line for `dqbart doctor`."""
-    reason = native.reason()
-    if reason is not None:
-        return f"not available: {reason}"
-    forced = f", forced by {native.VARIABLE}" if os.environ.get(native.VARIABLE) else ""
-    return f"{native.chosen_instruction_set()}{forced} (this processor runs {', '.join(native.instruction_sets())})"

@@ -23,6 +23,7 @@ def bench(
     beams: tuple[int, ...] = (1, 4),
     threads: int | None = None,
     rounds: int = 5,
+    device: Any = "cpu",
 ) -> dict[str, Any]:
     """Milliseconds per `generate`, of encoders per forward pass, for every engine of `folder` and, in fp32, for the
     checkpoint `against`.
@@ -33,31 +34,37 @@ def bench(
     """
     import torch
 
-    from dqbart.engines import ENGINES, load
-    from dqbart.engines.native import first_position, why_not
+    from dqbart.engines import load
+    from dqbart.engines.cpu import CpuRunner
+    from dqbart.engines.native import Runner, first_position, unsuitable
+    from dqbart.engines.triton import GpuRunner
     from dqbart.packed.verify import read_config, read_spec
 
     counts = {"source_length": source_length, "new_tokens": new_tokens, "batch_size": batch_size, "rounds": rounds}
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} {value!r}: expected at least 1")
-    spec = read_spec(Path(folder), read_config(Path(folder)))
+    spec, device = read_spec(Path(folder), read_config(Path(folder))), torch.device(device)
     before = torch.get_num_threads()
     threads = threads or before
     torch.set_num_threads(threads)
     try:
-        engines = [engine for engine in ENGINES if engine != "cpu" or why_not(Path(folder)) is None]
-        systems = {f"dqbart-{engine}": load(folder, engine=engine, threads=threads) for engine in engines}
+        runner: Runner = CpuRunner(threads) if device.type == "cpu" else GpuRunner(device)
+        native = [] if runner.reason() or unsuitable(Path(folder)) else [runner.name]
+        systems = {
+            f"dqbart-{engine}": load(folder, engine=engine, device=device, threads=threads)
+            for engine in (*native, "torch")
+        }
         first = next(iter(systems.values()))
         writes = first.config.is_encoder_decoder
         if against is not None:
-            systems["transformers-fp32"] = _in_fp32(against, None if writes else type(systems["dqbart-torch"]))
+            systems["transformers-fp32"] = _in_fp32(against, None if writes else type(systems["dqbart-torch"]), device)
         room = first.config.max_position_embeddings - (0 if writes else first_position(first.config))
         new_tokens = new_tokens if writes else 0
         if source_length > room or new_tokens >= room:
             raise ValueError(f"source_length {source_length}, new_tokens {new_tokens}: the model has {room} positions")
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(4, first.config.vocab_size, (batch_size, source_length), generator=generator)
+        ids = torch.randint(4, first.config.vocab_size, (batch_size, source_length), generator=generator).to(device)
         rows = []
         for width in beams if writes else (0,):
             seconds = _interleaved(systems, ids, width, new_tokens, rounds)
@@ -70,15 +77,15 @@ def bench(
     return {"rows": rows, "environment": environment()}
 
 
-def _in_fp32(checkpoint: str, cls: Any) -> Any:
+def _in_fp32(checkpoint: str, cls: Any, device: Any) -> Any:
     """The checkpoint in transformers, as this class or as the teacher that it is."""
     import torch
 
     from dqbart.teacher import load_teacher
 
     if cls is None:
-        return load_teacher(checkpoint, None, "cpu")[0].eval()
-    return cls.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        return load_teacher(checkpoint, None, str(device))[0].eval()
+    return cls.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
 
 
 def _interleaved(systems: dict[str, Any], ids: Any, beams: int, new_tokens: int, rounds: int) -> dict[str, list[float]]:
@@ -96,6 +103,8 @@ def _interleaved(systems: dict[str, Any], ids: Any, beams: int, new_tokens: int,
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             with torch.no_grad():
                 out = model.generate(**inputs, **settings) if beams else model(**inputs)
+            if ids.is_cuda:
+                torch.cuda.synchronize(ids.device)
             took = time.perf_counter() - start
             if beams and out.shape[1] != new_tokens + 1:
                 raise RuntimeError(f"{name} wrote {out.shape[1] - 1} tokens, expected {new_tokens}: not comparable")
@@ -112,7 +121,7 @@ def _row(
     reference = next(iter(seconds.values()))
     layers = f"{config.encoder_layers}-{config.decoder_layers}" if beams else str(config.num_hidden_layers)
     return {
-        "device": "cpu",
+        "device": ids.device.type,
         "shape": f"width {config.hidden_size}",
         "layers": layers,
         "system": name,

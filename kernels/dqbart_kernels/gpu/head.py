@@ -1,8 +1,8 @@
-"""The best tokens of each row of logits, and the log of the sum of their exponentials.
+"""The best tokens of each row of scores, best first, and their log-probabilities.
 
 Problem: beam search wants 2 * beams of 50,000 to 250,000 numbers, and `torch.topk` and `logsumexp` read them several
-times. Method: one launch gives every tile of a row its largest logit and its sum; the k best tokens lie in the k tiles
-with the largest of those, so a second launch reads only these, k * TILE numbers. Exact, and equal logits come with the
+times. Method: one launch gives every tile of a row its largest score and its sum; the k best tokens lie in the k tiles
+with the largest of those, so a second launch reads only these, k * TILE numbers. Exact, and equal scores come with the
 lower token first, as an argmax would. Rejected: the best two of each tile with a check that they suffice
 (one launch less on a good day, a third kernel on a bad one).
 
@@ -16,39 +16,48 @@ from torch import Tensor
 
 TILE = 512
 LARGEST_K = 64
+Stats = tuple[Tensor, Tensor]  # fp32 [M, T]: the largest score of a tile, and the sum of exp(score - largest)
 
 
 @triton.jit
 def _tile_stats(
-    logits_ptr,  # fp32 [M, V]
-    peak_ptr, sum_ptr,  # fp32 [M, T]: largest logit of a tile, and sum of exp(logit - largest)
+    scores_ptr,  # fp32 [M, V]
+    peak_ptr, sum_ptr,  # fp32 [M, T]
     V, T, TILE: tl.constexpr,
 ):  # fmt: skip
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token = tile * TILE + tl.arange(0, TILE)
-    x = tl.load(logits_ptr + row * V + token, mask=token < V, other=float("-inf"))
+    x = tl.load(scores_ptr + row * V + token, mask=token < V, other=float("-inf"))
     peak = tl.max(x, 0)
     tl.store(peak_ptr + row * T + tile, peak)
     # A tile that is all minus infinity adds nothing; minus infinity minus itself would be NaN.
-    tl.store(sum_ptr + row * T + tile, tl.where(peak > float("-inf"), tl.sum(tl.exp(x - peak), 0), 0.0))
+    sums = tl.where(peak > float("-inf"), tl.sum(tl.exp(x - peak), 0), 0.0)
+    tl.store(sum_ptr + row * T + tile, sums + tl.sum(tl.where(x != x, x, 0.0), 0))
 
 
 @triton.jit
-def _top_tokens(
-    logits_ptr,  # fp32 [M, V]
-    peak_ptr, sum_ptr,  # fp32 [M, T]
-    value_ptr,  # fp32 [M, K]
-    token_ptr,  # int64 [M, K]
-    lse_ptr,  # fp32 [M]
-    V, T, K, TILES: tl.constexpr, BT: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+def log_sum_exp(peak_ptr, sum_ptr, row, T, BT: tl.constexpr):
+    """The largest score of a row, and the log of the sum of exp(score - largest): NaN where a score is."""
     tile = tl.arange(0, BT)
     peaks = tl.load(peak_ptr + row * T + tile, mask=tile < T, other=float("-inf"))
     sums = tl.load(sum_ptr + row * T + tile, mask=tile < T, other=0)
     top = tl.max(peaks, 0)
-    tl.store(lse_ptr + row, top + tl.log(tl.sum(tl.where(sums > 0, sums * tl.exp(peaks - top), 0.0), 0)))
+    return top, tl.log(tl.sum(tl.where(sums != 0, sums * tl.exp(peaks - top), 0.0), 0))
 
+
+@triton.jit
+def _top_tokens(
+    scores_ptr,  # fp32 [M, V]
+    peak_ptr, sum_ptr,  # fp32 [M, T]
+    value_ptr,  # fp32 [M, K]
+    token_ptr,  # int32 [M, K]
+    V, T, K, NORMALIZE: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.arange(0, BT)
+    peaks = tl.load(peak_ptr + row * T + tile, mask=tile < T, other=float("-inf"))
+    top, log_sum = log_sum_exp(peak_ptr, sum_ptr, row, T, BT)
+    strange = tl.where(log_sum != log_sum, log_sum, 0.0)  # 0, or NaN
     place = tl.arange(0, TILES)
     chosen = tl.zeros((TILES,), tl.int32)
     left = tl.where(tile < T, tile, 2147483647)  # tiles not yet chosen
@@ -59,47 +68,60 @@ def _top_tokens(
         left = tl.where(tile == first, 2147483647, left)
     token = chosen[:, None] * TILE + tl.arange(0, TILE)[None, :]
     inside = (place < tl.minimum(K, T))[:, None] & (token < V)
-    x = tl.load(logits_ptr + row * V + token, mask=inside, other=float("-inf"))
+    x = tl.load(scores_ptr + row * V + token, mask=inside, other=float("-inf"))
     waiting = tl.where(inside, token, 2147483647)
     for i in range(0, K):
         best = tl.max(tl.max(tl.where(waiting < 2147483647, x, float("-inf")), 1), 0)
         first = tl.min(tl.min(tl.where(x == best, waiting, 2147483647), 1), 0)
-        tl.store(value_ptr + row * K + i, best)
-        tl.store(token_ptr + row * K + i, first.to(tl.int64))
+        value = best
+        if NORMALIZE:
+            value = tl.where(best > float("-inf"), (best - top) - log_sum, best)
+        tl.store(value_ptr + row * K + i, value + strange)
+        tl.store(token_ptr + row * K + i, tl.minimum(first, V - 1))
         waiting = tl.where(token == first, 2147483647, waiting)
 
 
-def top_tokens(logits_MV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest logits fp32 [M, k], best first, their tokens int64 [M, k], and log sum exp fp32 [M].
-
-    Raises `ValueError` for what is not contiguous fp32 [M, V], or k out of range.
-    """
-    m, v = _check(logits_MV, k)
-    tiles, device = triton.cdiv(v, TILE), logits_MV.device
-    peaks, sums = (torch.empty((m, tiles), dtype=torch.float32, device=device) for _ in range(2))
-    values = torch.empty((m, k), dtype=torch.float32, device=device)
-    tokens = torch.empty((m, k), dtype=torch.int64, device=device)
-    lse = torch.empty(m, dtype=torch.float32, device=device)
+def tile_stats(scores_MV: Tensor) -> Stats:
+    """Largest score and sum of exponentials of every tile of contiguous fp32 rows. Raises `ValueError` otherwise."""
+    if scores_MV.dim() != 2 or scores_MV.dtype != torch.float32 or not scores_MV.is_contiguous():
+        raise ValueError(f"scores {scores_MV.dtype} {list(scores_MV.shape)}: expected contiguous fp32 [M, V]")
+    m, v = scores_MV.shape
+    tiles = triton.cdiv(v, TILE)
+    peaks, sums = (torch.empty((m, tiles), dtype=torch.float32, device=scores_MV.device) for _ in range(2))
     if m:
-        _tile_stats[(tiles, m)](logits_MV, peaks, sums, v, tiles, TILE=TILE, num_warps=4)
+        _tile_stats[(tiles, m)](scores_MV, peaks, sums, v, tiles, TILE=TILE, num_warps=4)
+    return peaks, sums
+
+
+def top_tokens(scores_MV: Tensor, k: int, normalize: bool = False) -> tuple[Tensor, Tensor]:
+    """The k largest scores fp32 [M, k], best first, and their tokens int32 [M, k].
+
+    `normalize`: their logarithms of the softmax instead. A row with a NaN gives NaN. Raises `ValueError` for what is
+    not contiguous fp32 [M, V], or k out of range.
+    """
+    _check(scores_MV, k)
+    (m, v), device = scores_MV.shape, scores_MV.device
+    peaks, sums = tile_stats(scores_MV)
+    values = torch.empty((m, k), dtype=torch.float32, device=device)
+    tokens = torch.empty((m, k), dtype=torch.int32, device=device)
+    if m:
         _top_tokens[(m,)](
-            logits_MV, peaks, sums, values, tokens, lse, v, tiles, k, TILES=triton.next_power_of_2(k),
-            BT=triton.next_power_of_2(tiles), TILE=TILE, num_warps=8,
+            scores_MV, peaks, sums, values, tokens, v, peaks.shape[1], k, NORMALIZE=normalize,
+            TILES=triton.next_power_of_2(k), BT=triton.next_power_of_2(peaks.shape[1]), TILE=TILE, num_warps=8,
         )  # fmt: skip
-    return values, tokens, lse
+    return values, tokens
 
 
-def top_tokens_reference(logits_MV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def top_tokens_reference(scores_MV: Tensor, k: int, normalize: bool = False) -> tuple[Tensor, Tensor]:
     """The same in torch."""
-    _check(logits_MV, k)
-    values, tokens = logits_MV.sort(dim=1, descending=True, stable=True)
-    return values[:, :k].contiguous(), tokens[:, :k].contiguous(), logits_MV.double().logsumexp(1).float()
+    _check(scores_MV, k)
+    values, tokens = scores_MV.sort(dim=1, descending=True, stable=True)
+    if normalize:
+        # a row where nothing may come stays as it is
+        values = torch.where(values == -torch.inf, values, values.double().log_softmax(1).float())
+    return values[:, :k].contiguous(), tokens[:, :k].int()
 
 
-def _check(logits_MV: Tensor, k: int) -> tuple[int, int]:
-    if logits_MV.dim() != 2 or logits_MV.dtype != torch.float32 or not logits_MV.is_contiguous():
-        raise ValueError(f"logits {logits_MV.dtype} {list(logits_MV.shape)}: expected contiguous fp32 [M, V]")
-    m, v = logits_MV.shape
-    if not 1 <= k <= min(v, LARGEST_K):
-        raise ValueError(f"k {k}: expected 1 to {min(v, LARGEST_K)}")
-    return m, v
+def _check(scores_MV: Tensor, k: int) -> None:
+    if scores_MV.dim() != 2 or not 1 <= k <= min(scores_MV.shape[1], LARGEST_K):
+        raise ValueError(f"k {k} of scores {list(scores_MV.shape)}: expected 1 to {LARGEST_K}, of as many tokens")

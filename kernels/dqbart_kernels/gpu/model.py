@@ -1,202 +1,256 @@
-"""A transformer's packed weights on a device, and its passes as launches: BART, mBART, or an encoder.
+"""Whole calls on the GPU: hidden states of a batch, and generation, whose steps never wait for the host.
 
-Tensors come by the names and through the calls that the CPU engine takes them (cpu/src/model.cpp). Rows of a batch are
-padded to one length; attention sees each source's own tokens alone, and everything else is row by row, so what one
-source gives depends neither on its batch nor on padding. Activations between products are fp32 and as the contract has
-them: both native engines and the torch engine compute the same bits.
+A call is padded to a bucket (sources, tokens of each, steps), for which its launches are captured once (graphs.py). The
+source side is one graph; a step, from the tokens it reads to the tokens it chose, is another, replayed until no source
+runs any more; the host looks every `POLL` steps. Neither ids nor hidden states depend on the bucket.
 
-Shape suffixes: B sources, S source tokens, M = B S rows, R decoder rows (the beams of each source side by side).
+Shape suffixes: B sources, S their tokens, R rows (hypotheses) of all sources.
 """
 
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+import triton
+from numpy.typing import NDArray
 from torch import Tensor
 
-from dqbart_kernels.gpu.attention import Cache, Heads, attend, attend_history, quantize_heads
-from dqbart_kernels.gpu.products import Weight, int8_matmul
-from dqbart_kernels.gpu.rows import embed, norm_and_quantize
-from dqbart_kernels.sizes import ACTIVATIONS, complete
+from dqbart_kernels.gpu.graphs import Kept, Recorded
+from dqbart_kernels.gpu.head import LARGEST_K, tile_stats, top_tokens
+from dqbart_kernels.gpu.passes import Passes, Sources, State
+from dqbart_kernels.gpu.rules import Rules, apply_rules
+from dqbart_kernels.gpu.sampling import Sampling, sample, streams
+from dqbart_kernels.gpu.search import Search, advance_beams, advance_rows, keep, written_beams, written_rows
 
-Codes = tuple[Tensor, Tensor]  # int8 [M, K], fp32 [M]
-
-
-@dataclass
-class Linear:
-    """One product: projections of the same input lie one after the other."""
-
-    weight: Weight
-    bias_N: Tensor
-
-    def __call__(self, x: Codes, residual_MN: Tensor | None = None, activation: str = "none") -> Tensor:
-        return int8_matmul(*x, self.weight, self.bias_N, residual_MN, activation)
-
-
-@dataclass(frozen=True)
-class Sources:
-    """What the decoder reads of its sources: cross-attention's keys and values in every layer, and their lengths."""
-
-    keys: list[Heads]
-    values: list[Heads]
-    length_B: Tensor  # int32
+I32 = NDArray[np.int32]
+F32 = NDArray[np.float32]
+POLL = 8  # steps between two looks at what still runs
+TOKENS, STEPS = 64, 32  # smallest buckets
 
 
 @dataclass
-class State:
-    """Where a generation stands: the self-attention caches, and who wrote what."""
+class _Batch:
+    """The source side of a bucket: what its graph reads and writes, and the loops that read that."""
 
-    caches: list[Cache]
-    history_RT: Tensor  # int32
-    step: Tensor = field(repr=False)  # int32 [1]
+    ids_BS: Tensor
+    types_BS: Tensor | None
+    length_B: Tensor
+    run: Recorded[Any]
+    result: Any = None
+    loops: "Kept[_Loop]" = field(default_factory=Kept)
 
 
-class Model:
-    """Filled by `set_matrix` and `set_vector`, then used. `sizes`: see `dqbart_kernels.sizes`.
+@dataclass
+class _Loop:
+    """The steps of a bucket."""
 
-    Raises `ValueError` with the name for what doesn't fit.
-    """
+    state: State
+    search: Search
+    rules: Rules | None
+    random_R: Tensor
+    step: Recorded[None] | None = None
+
+
+class Model(Passes):
+    """`Passes` for whole calls. One runs at a time; from other threads, the next one waits."""
 
     def __init__(self, sizes: dict[str, int], embed_scale: float, eps: float, device: torch.device | str) -> None:
-        self.sizes, self.embed_scale, self.eps, self.device = complete(sizes), embed_scale, eps, torch.device(device)
-        self.activation = {number: name for name, number in ACTIVATIONS.items()}[self.sizes["activation"]]
-        self.heads, self.width = self.sizes["heads"], self.sizes["d"] // self.sizes["heads"]
-        self.scaling = float(np.float32(self.width**-0.5))
-        self._parts: dict[str, tuple[Weight, Tensor]] = {}
-        self._vectors: dict[str, Tensor] = {}
-        self._linear: dict[str, Linear] = {}
+        super().__init__(sizes, embed_scale, eps, device)
+        self._batches: Kept[_Batch] = Kept()
+        self._lock = threading.Lock()
+        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
-    def set_matrix(self, name: str, bits: int, shape: tuple[int, int], planar: Any, scale: Any, bias: Any) -> None:
-        """`planar`: planar32 bytes [N, row bytes]; `scale`, `bias`: [N]; all numpy arrays."""
-        n, k = shape
-        packed = torch.from_numpy(np.ascontiguousarray(planar)).view(n, -1).to(self.device)
-        zeros = np.zeros(n, np.float32)
-        weight = Weight(packed, torch.from_numpy(scale).to(self.device), bits, k)
-        self._parts[name] = weight, torch.from_numpy(zeros if bias is None else bias).to(self.device)
+    @contextlib.contextmanager
+    def _alone(self) -> Any:
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with self._lock, on_device, torch.no_grad():
+            yield
 
-    def set_vector(self, name: str, values: Any) -> None:
-        self._vectors[name] = torch.from_numpy(np.array(values, np.float32)).to(self.device)
+    def buckets(self, longest: int) -> list[int]:
+        """The lengths that sources of up to `longest` tokens are padded to."""
+        room = self.sizes["encoder_positions"] - self.sizes["position_offset"]
+        return sorted({_bucket(length, TOKENS, room) for length in range(1, longest + 1)})
 
-    def finish(self) -> None:
-        """Join what is multiplied together. Raises `ValueError` for a missing matrix."""
-        for stack, of_decoder in (("encoder", False), ("decoder", True)):
-            for layer in range(self.sizes[f"{stack}_layers"]):
-                name = f"{stack}.layers.{layer}."
-                self._join(name + "self_attn.qkv", [name + f"self_attn.{x}_proj" for x in "qkv"])
-                if of_decoder:
-                    self._join(name + "encoder_attn.kv", [name + f"encoder_attn.{x}_proj" for x in "kv"])
-        self._linear |= {name: Linear(*part) for name, part in self._parts.items() if name != "shared"}
-        if "shared" not in self._parts:
-            raise ValueError("shared: missing")
-        self.vocabulary = self._parts["shared"][0]
-        self._parts.clear()
+    def hidden(self, ids_BS: Tensor, length_B: Tensor, types_BS: Tensor | None = None) -> Tensor:
+        """Last hidden states fp32 [B, S, D] of the encoder on the device, zeros behind each source's `length_B` tokens.
 
-    def _join(self, name: str, parts: list[str]) -> None:
-        missing = [part for part in parts if part not in self._parts]
-        if missing:
-            raise ValueError(f"{missing[0]}: missing")
-        weights, biases = zip(*(self._parts.pop(part) for part in parts), strict=True)
-        packed, scale = torch.cat([w.packed_NW for w in weights]), torch.cat([w.scale_N for w in weights])
-        self._linear[name] = Linear(Weight(packed, scale, weights[0].bits, weights[0].k), torch.cat(biases))
+        Raises `ValueError` for ids, token types or lengths out of range.
+        """
+        kinds, (b, s) = self.sizes["token_types"], ids_BS.shape
+        if types_BS is not None and kinds:
+            _check_range("token type", types_BS, kinds)
+        with self._alone():
+            batch = self._batch(ids_BS, length_B, types_BS if kinds else None, decoder=False)
+            outside = torch.arange(s, device=self.device) >= batch.length_B[:b, None]
+            found: Tensor = batch.result[:b, :s].masked_fill(outside[..., None], 0)
+            return found
 
-    def _norm(self, name: str) -> tuple[Tensor, Tensor]:
-        return self._vectors[name + ".weight"], self._vectors[name + ".bias"]
+    def generate(
+        self,
+        sources: Sequence[I32],
+        *,
+        start_token: int,
+        max_length: int,
+        eos: Sequence[int] = (),
+        num_beams: int = 1,
+        num_return_sequences: int = 1,
+        early_stopping: bool | str = False,
+        length_penalty: float = 1.0,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_token: Callable[[int, int], bool] | None = None,
+        **rules: Any,
+    ) -> tuple[list[I32], F32, bool]:
+        """As `dqbart_kernels.cpu.Model.generate`, without its threads; `rules` are those of `Rules.of`."""
+        vocabulary, room = self.sizes["vocabulary"], self.sizes["decoder_positions"] - self.sizes["position_offset"]
+        if not self.sizes["decoder_layers"]:
+            raise ValueError("the model has no decoder")
+        if not 2 <= max_length <= room + 1:
+            raise ValueError(f"max_length {max_length}: expected 2 to {room + 1}")
+        if not 0 <= start_token < vocabulary:
+            raise ValueError(f"decoder start id {start_token}: expected 0 to {vocabulary - 1}")
+        if num_beams < 1 or not 1 <= num_return_sequences <= (num_beams if num_beams > 1 else 1024):
+            raise ValueError(f"num_return_sequences {num_return_sequences} of {num_beams} beams: out of range")
+        if keep(num_beams, len(eos)) > LARGEST_K:
+            raise ValueError(f"num_beams {num_beams}: expected at most {most_beams(len(eos))}")
+        asked = Rules.of(vocabulary, self.device, max_length=max_length, eos=eos, **rules)
+        sampling = Sampling(temperature, top_k, top_p) if do_sample else None
+        count, copies = len(sources), num_return_sequences if num_beams == 1 else num_beams
+        ids_BS, length_B = _padded(sources)
+        with self._alone():
+            batch = self._batch(ids_BS, length_B, None, decoder=True)
+            steps = _bucket(max_length - 1, STEPS, room)
+            key = copies, num_beams, steps, len(eos), asked and asked.shape, sampling
+            loop = batch.loops.get(key, lambda: self._loop(batch, num_beams, copies, steps, len(eos), asked))
+            if asked is not None and loop.rules is not None:
+                loop.rules.copy_(asked)
 
-    def _embed(self, stack: str, ids_M: Tensor, position_M: Tensor, type_M: Tensor | None) -> tuple[Tensor, Codes]:
-        width = self.sizes["embedding_d"]
-        table = self._vectors.get(f"{stack}.token_types.weight")
-        types = None
-        if table is not None:
-            types = table.view(-1, width), torch.zeros_like(ids_M) if type_M is None else type_M
-        norm = self._norm(f"{stack}.layernorm_embedding") if self.sizes["embedding_norm"] else None
-        positions = self._vectors[f"{stack}.embed_positions.weight"].view(-1, width)
-        h, *codes = embed(ids_M, self.vocabulary, positions, position_M, norm, types, self.embed_scale, self.eps)
-        if self.sizes["embedding_map"]:
-            h = self._linear[f"{stack}.embedding_map"]((codes[0], codes[1]))
-            codes = list(norm_and_quantize(h)[:2])
-        return h, (codes[0], codes[1])
+            def start() -> None:
+                loop.state.step.zero_()
+                loop.state.tokens_TR[0].fill_(start_token)
+                rows = torch.arange(len(loop.random_R), dtype=torch.int32, device=self.device)
+                loop.state.history_RT.copy_(rows[:, None].expand_as(loop.state.history_RT))
+                loop.random_R.copy_(streams(seed, len(loop.random_R)))
+                running = count if num_beams > 1 else count * copies
+                loop.search.start(running, max_length, eos, early_stopping, length_penalty)
 
-    def _start(self, norm: str, h_MD: Tensor, x: Codes) -> Codes:
-        """The input of a block: normed here (mBART), or where the last one ended (BART)."""
-        if not self.sizes["pre_norm"]:
-            return x
-        codes, scale, _ = norm_and_quantize(h_MD, *self._norm(norm), self.eps, keep=False)
-        return codes, scale
+            start()
+            if loop.step is None:
+                loop.step = Recorded(lambda: self._step(batch, loop, num_beams, sampling), self.device, self._pool)
+                start()
+            done, stopped = 0, False
+            while done < max_length - 1 and not stopped:
+                loop.step()
+                done += 1
+                if on_token is not None:
+                    stopped = _hand_out(loop, count * copies, done, on_token)
+                if (done % POLL == 0 or on_token is not None) and not int(loop.search.running):
+                    break
+            if int(loop.search.strange):
+                raise ValueError("the model's scores are not numbers: its weights are damaged")
+            tokens_TR = loop.state.tokens_TR
+            if num_beams > 1:
+                texts, scores = written_beams(loop.search, tokens_TR, count, num_return_sequences)
+            else:
+                texts = written_rows(loop.search, tokens_TR, count * copies, done)
+                scores = np.zeros(len(texts), np.float32)
+            return texts, scores, not stopped
 
-    def _end(self, norm: str, h_MD: Tensor, x: Codes) -> tuple[Tensor, Codes]:
-        if self.sizes["pre_norm"]:
-            return h_MD, x
-        codes, scale, normed = norm_and_quantize(h_MD, *self._norm(norm), self.eps)
-        assert normed is not None
-        return normed, (codes, scale)
+    def _batch(self, ids_BS: Tensor, length_B: Tensor, types_BS: Tensor | None, decoder: bool) -> _Batch:
+        """The bucket of these sources, and what it makes of them."""
+        (b, s), room = ids_BS.shape, self.sizes["encoder_positions"] - self.sizes["position_offset"]
+        for i, length in enumerate(length_B.tolist()):
+            if not 1 <= length <= room:
+                raise ValueError(f"source {i} has {length} tokens: expected 1 to {room}")
+        _check_range("source id", ids_BS, self.sizes["vocabulary"])
+        s = min(s, room)  # the rest is padding
+        shape = _bucket(b, 1, 1 << 20), _bucket(s, TOKENS, room)
 
-    def _feed_forward(self, layer: str, h_MD: Tensor, x: Codes) -> tuple[Tensor, Codes]:
-        x = self._start(layer + "final_layer_norm", h_MD, x)
-        wide = self._linear[layer + "fc1"](x, activation=self.activation)
-        h_MD = self._linear[layer + "fc2"](norm_and_quantize(wide)[:2], h_MD)
-        return self._end(layer + "final_layer_norm", h_MD, x)
+        def make() -> _Batch:
+            ids, types = (torch.zeros(shape, dtype=torch.int32, device=self.device) for _ in range(2))
+            lengths = torch.ones(shape[0], dtype=torch.int32, device=self.device)
+            given = None if types_BS is None else types
 
-    def _last(self, stack: str, h_MD: Tensor, x: Codes) -> tuple[Tensor, Codes]:
-        if not self.sizes["pre_norm"]:
-            return h_MD, x
-        codes, scale, normed = norm_and_quantize(h_MD, *self._norm(f"{stack}.layer_norm"), self.eps)
-        assert normed is not None
-        return normed, (codes, scale)
+            def run() -> Any:
+                hidden, codes = self.encode(ids, lengths, given)
+                return self.sources(codes, lengths, shape[1]) if decoder else hidden
 
-    def encode(self, ids_BS: Tensor, length_B: Tensor, type_BS: Tensor | None = None) -> tuple[Tensor, Codes]:
-        """Hidden states fp32 [B, S, D] of int32 ids, whose first `length_B` are tokens, and their codes."""
-        b, s = ids_BS.shape
-        d, w = self.sizes["d"], self.width
-        position = torch.arange(s, dtype=torch.int32, device=self.device).repeat(b) + self.sizes["position_offset"]
-        types = None if type_BS is None else type_BS.reshape(-1)
-        h, x = self._embed("encoder", ids_BS.reshape(-1), position, types)
-        for step in range(self.sizes["encoder_steps"]):
-            layer = f"encoder.layers.{step * self.sizes['encoder_layers'] // self.sizes['encoder_steps']}."
-            x = self._start(layer + "self_attn_layer_norm", h, x)
-            qkv = self._linear[layer + "self_attn.qkv"](x).view(b, s, 3 * d)
-            keys, values = (quantize_heads(qkv[..., i * d :], self.heads, w) for i in (1, 2))
-            mixed = attend(qkv, keys, values, length_B, self.scaling).view(b * s, d)
-            h = self._linear[layer + "self_attn.out_proj"](norm_and_quantize(mixed)[:2], h)
-            h, x = self._end(layer + "self_attn_layer_norm", h, x)
-            h, x = self._feed_forward(layer, h, x)
-        h, x = self._last("encoder", h, x)
-        return h.view(b, s, d), x
+            return _Batch(ids, given, lengths, Recorded(run, self.device, self._pool))
 
-    def sources(self, x: Codes, length_B: Tensor, s: int) -> Sources:
-        """Cross-attention's keys and values of what `encode` gave."""
-        d, b = self.sizes["d"], len(length_B)
-        keys, values = [], []
-        for layer in range(self.sizes["decoder_layers"]):
-            kv = self._linear[f"decoder.layers.{layer}.encoder_attn.kv"](x).view(b, s, 2 * d)
-            keys.append(quantize_heads(kv, self.heads, self.width))
-            values.append(quantize_heads(kv[..., d:], self.heads, self.width))
-        return Sources(keys, values, length_B)
+        batch = self._batches.get((shape, types_BS is not None, decoder), make)
+        batch.ids_BS[:b, :s].copy_(ids_BS[:, :s])
+        batch.length_B.fill_(1)
+        batch.length_B[:b].copy_(length_B)
+        if types_BS is not None and batch.types_BS is not None:
+            batch.types_BS[:b, :s].copy_(types_BS[:, :s])
+        batch.result = batch.run()
+        return batch
 
-    def state(self, rows: int, steps: int) -> State:
-        """Room for `steps` steps of `rows` hypotheses."""
-        caches = [
-            Cache.of(steps, rows, self.heads, self.width, self.device) for _ in range(self.sizes["decoder_layers"])
-        ]
-        history = torch.zeros((rows, steps), dtype=torch.int32, device=self.device)
-        return State(caches, history, torch.zeros(1, dtype=torch.int32, device=self.device))
+    def _loop(self, batch: _Batch, beams: int, copies: int, steps: int, ends: int, rules: Rules | None) -> _Loop:
+        rows = len(batch.ids_BS) * copies
+        return _Loop(
+            self.state(rows, steps),
+            Search.of(rows // beams, beams, steps, ends, self.device),
+            rules,
+            torch.zeros(rows, dtype=torch.int64, device=self.device),
+        )
 
-    def decode(self, token_R: Tensor, sources: Sources, state: State) -> Tensor:
-        """Logits fp32 [R, V] of one step; rows of a source are neighbours. The caller moves `state` on."""
-        d, b, rows = self.sizes["d"], len(sources.length_B), len(token_R)
-        h, x = self._embed("decoder", token_R, (state.step + self.sizes["position_offset"]).repeat(rows), None)
-        for i, cache in enumerate(state.caches):
-            layer = f"decoder.layers.{i}."
-            x = self._start(layer + "self_attn_layer_norm", h, x)
-            qkv = self._linear[layer + "self_attn.qkv"](x)
-            mixed = attend_history(qkv, cache, state.history_RT, state.step, self.scaling)
-            h = self._linear[layer + "self_attn.out_proj"](norm_and_quantize(mixed)[:2], h)
-            h, x = self._end(layer + "self_attn_layer_norm", h, x)
-            x = self._start(layer + "encoder_attn_layer_norm", h, x)
-            q = self._linear[layer + "encoder_attn.q_proj"](x).view(b, rows // b, d)
-            mixed = attend(q, sources.keys[i], sources.values[i], sources.length_B, self.scaling).view(rows, d)
-            h = self._linear[layer + "encoder_attn.out_proj"](norm_and_quantize(mixed)[:2], h)
-            h, x = self._end(layer + "encoder_attn_layer_norm", h, x)
-            h, x = self._feed_forward(layer, h, x)
-        _, x = self._last("decoder", h, x)
-        return int8_matmul(*x, self.vocabulary, self._vectors.get("final_logits_bias"))
+    def _step(self, batch: _Batch, loop: _Loop, beams: int, sampling: Sampling | None) -> None:
+        """One step of all rows."""
+        state, search = loop.state, loop.search
+        sources: Sources = batch.result
+        scores_RV = self.decode(sources, state)
+        if loop.rules is not None:
+            apply_rules(
+                scores_RV, tile_stats(scores_RV), loop.rules, state.tokens_TR, state.history_RT, state.step, beams > 1
+            )
+        if sampling is not None:
+            tokens_R1, values_R1 = sample(scores_RV, loop.random_R, sampling)
+            advance_rows(search, values_R1.contiguous(), tokens_R1, state.tokens_TR, state.step)
+            return
+        wanted = min(keep(beams, len(search.numbers) - 2), scores_RV.shape[1]) if beams > 1 else 1
+        values, tokens = top_tokens(scores_RV, wanted, beams > 1 and loop.rules is None)
+        if beams > 1:
+            advance_beams(search, values, tokens, state.tokens_TR, state.history_RT, state.step)
+        else:
+            advance_rows(search, values, tokens, state.tokens_TR, state.step)
+
+
+def most_beams(ends: int) -> int:
+    """How many beams fit, with so many end tokens."""
+    return LARGEST_K // keep(1, ends)
+
+
+def _bucket(count: int, smallest: int, most: int) -> int:
+    return min(most, max(smallest, triton.next_power_of_2(count)))
+
+
+def _padded(sources: Sequence[I32]) -> tuple[Tensor, Tensor]:
+    """int32 [B, S] and the lengths [B] of rows of ids."""
+    if not sources or any(row.ndim != 1 for row in sources):
+        raise ValueError("sources: expected one row of token ids each, at least one")
+    ids = np.zeros((len(sources), max(1, *map(len, sources))), np.int32)
+    for row, source in zip(ids, sources, strict=True):
+        row[: len(source)] = source
+    return torch.from_numpy(ids), torch.tensor([len(source) for source in sources], dtype=torch.int32)
+
+
+def _check_range(what: str, ids: Tensor, limit: int) -> None:
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= limit:
+        raise ValueError(f"{what} {least if least < 0 else most}: expected 0 to {limit - 1}")
+
+
+def _hand_out(loop: _Loop, rows: int, done: int, on_token: Callable[[int, int], bool]) -> bool:
+    """Give this step's tokens away, of rows that went on until then. True: one said stop."""
+    tokens = loop.state.tokens_TR[: done + 1, :rows].cpu().numpy()
+    ended = np.isin(tokens[1:done], loop.search.numbers[2:].cpu().numpy()).any(0)
+    answers = [on_token(int(row), int(tokens[done, row])) for row in np.flatnonzero(~ended)]
+    return any(answers)

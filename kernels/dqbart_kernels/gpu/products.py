@@ -24,7 +24,7 @@ from dqbart_kernels.gpu.decode import BLOCK, GELU, GELU_TANH, NONE, activate, pl
 
 ACTIVATIONS = {"none": NONE.value, "gelu": GELU.value, "gelu_new": GELU_TANH.value}
 FIELD = {8: 0, 4: 4, 2: 6, 1: 6}  # a decoded field is code * 2 ** this
-_scratch: dict[torch.device, tuple[Tensor, Tensor]] = {}
+_scratch: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
 
 
 @dataclass(frozen=True)
@@ -258,9 +258,9 @@ def _asm(device: torch.device) -> bool:
 def _zeros(device: torch.device, sums: int, tiles: int) -> tuple[Tensor, Tensor]:
     """Scratch that every launch leaves as zeros, so it is never cleared. One per device: launches on several streams
     at once would share it."""
-    known = _scratch.get(device)
-    if known is None or known[0].numel() < sums or known[1].numel() < tiles:
-        sizes = max(1 << 20, sums), max(1 << 14, tiles)
-        known = tuple(torch.zeros(size, dtype=torch.int32, device=device) for size in sizes)  # type: ignore[assignment]
-        _scratch[device] = known  # type: ignore[assignment]
-    return known  # type: ignore[return-value]
+    known = _scratch.setdefault(device, [])
+    if not known or known[-1][0].numel() < sums or known[-1][1].numel() < tiles:
+        sizes = (triton.next_power_of_2(max(1 << 20, sums)), triton.next_power_of_2(max(1 << 14, tiles)))
+        # Earlier, smaller ones stay: captured graphs write to them.
+        known.append(tuple(torch.zeros(size, dtype=torch.int32, device=device) for size in sizes))  # type: ignore[arg-type]
+    return known[-1]

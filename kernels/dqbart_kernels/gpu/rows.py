@@ -37,28 +37,38 @@ def _norm_and_quantize(
 
 @triton.jit
 def _embed(
-    id_ptr, type_ptr, position_ptr,  # int32 [M]: rows of the three tables; type None: none is added
+    id_ptr,  # int32 [M], or [T, M] with step
+    type_ptr,  # int32 [M], or None: all are 0
+    step_ptr,  # int32 [1]: the row of ids that is read, and the position of all of it; or None: s at row b S + s
     packed_ptr,  # uint8 [V, W]
     token_scale_ptr,  # fp32 [V]
     types_ptr,  # fp32 [T, D], or None
     positions_ptr,  # fp32 [P, D]
     weight_ptr, bias_ptr, h_ptr, codes_ptr, scale_ptr,  # as above
-    W, D, embed_scale, eps, BITS: tl.constexpr, BD: tl.constexpr,
+    M, S, W, D, first, embed_scale, eps, BITS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     PLANES: tl.constexpr = 8 // BITS
     column = tl.arange(0, BD)
     inside = column < D
     row = tl.program_id(0)
-    token = tl.load(id_ptr + row).to(tl.int64)
+    if step_ptr is not None:
+        position = tl.load(step_ptr)
+        token = tl.load(id_ptr + position * M + row).to(tl.int64)
+    else:
+        position = row % S
+        token = tl.load(id_ptr + row).to(tl.int64)
     byte = column // (BLOCK * PLANES) * BLOCK + column % BLOCK
     packed = tl.load(packed_ptr + token * W + byte, mask=inside, other=0)
     top = (packed.to(tl.int32) << (24 + 8 - BITS * (column // BLOCK % PLANES + 1))) >> (32 - BITS)
     if BITS == 1:
         top = top * 2 + 1
     x = top.to(tl.float32) * tl.load(token_scale_ptr + token) * embed_scale
-    if type_ptr is not None:
-        x = x + tl.load(types_ptr + tl.load(type_ptr + row).to(tl.int64) * D + column, mask=inside, other=0)
-    x = x + tl.load(positions_ptr + tl.load(position_ptr + row).to(tl.int64) * D + column, mask=inside, other=0)
+    if types_ptr is not None:
+        kind = 0
+        if type_ptr is not None:
+            kind = tl.load(type_ptr + row)
+        x = x + tl.load(types_ptr + kind * D + column, mask=inside, other=0)
+    x = x + tl.load(positions_ptr + (first + position) * D + column, mask=inside, other=0)
     _finish_row(tl.where(inside, x, 0.0), weight_ptr, bias_ptr, h_ptr, codes_ptr, scale_ptr, D, eps, BD)
 
 
@@ -118,79 +128,93 @@ def norm_and_quantize_reference(
 
 
 def embed(
-    ids_M: Tensor,
+    ids: Tensor,
     table: Weight,
     positions_PD: Tensor,
-    position_M: Tensor,
+    first: int = 0,
+    step: Tensor | None = None,
     norm: tuple[Tensor, Tensor] | None = None,
-    token_types: tuple[Tensor, Tensor] | None = None,
+    token_types: tuple[Tensor, Tensor | None] | None = None,
     embed_scale: float = 1.0,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h fp32 [M, D] of int32 token ids and positions, its int8 codes [M, D] and scales [M].
+    """h fp32 [M, D] of int32 token ids, its int8 codes [M, D] and scales [M].
 
-    `norm`: LayerNorm's weight and bias. `token_types`: their table [T, D] and int32 [M]. Indices are the caller's to
-    check: out of range they read what lies beside the table. Raises `ValueError` for wrong types and shapes.
+    `ids`: [B, S], M = B S, a token's position is its column; or with `step`, int32 [1], [T, M], of which row `step` is
+    read, and `step` is the position. Positions count from row `first` of their table. `norm`: LayerNorm's weight and
+    bias. `token_types`: their table [T, D] and int32 [B, S], or None for zeros. Indices are the caller's to check: out
+    of range they read what lies beside the table. Raises `ValueError` for wrong types and shapes.
     """
-    m, d = _check_embedding(ids_M, table, positions_PD, position_M, norm, token_types)
-    h_MD = torch.empty((m, d), dtype=torch.float32, device=ids_M.device)
-    codes_MD = torch.empty((m, d), dtype=torch.int8, device=ids_M.device)
-    scale_M = torch.empty(m, dtype=torch.float32, device=ids_M.device)
-    types_TD, type_M = token_types or (None, None)
+    d = _check_embedding(ids, table, positions_PD, step, norm, token_types)
+    m, s = (ids.shape[1], 1) if step is not None else (ids.numel(), ids.shape[1])
+    h_MD = torch.empty((m, d), dtype=torch.float32, device=ids.device)
+    codes_MD = torch.empty((m, d), dtype=torch.int8, device=ids.device)
+    scale_M = torch.empty(m, dtype=torch.float32, device=ids.device)
+    types_TD, types = token_types or (None, None)
     if m:
         wide = triton.next_power_of_2(d)
         _embed[(m,)](
-            ids_M, type_M, position_M, table.packed_NW, table.scale_N, types_TD, positions_PD, *(norm or (None, None)),
-            h_MD, codes_MD, scale_M, table.packed_NW.shape[1], d, embed_scale, eps, BITS=table.bits, BD=wide,
-            num_warps=min(8, max(1, wide // 256)), enable_fp_fusion=False,
+            ids, types, step, table.packed_NW, table.scale_N, types_TD, positions_PD, *(norm or (None, None)),
+            h_MD, codes_MD, scale_M, m, s, table.packed_NW.shape[1], d, first, embed_scale, eps, BITS=table.bits,
+            BD=wide, num_warps=min(8, max(1, wide // 256)), enable_fp_fusion=False,
         )  # fmt: skip
     return h_MD, codes_MD, scale_M
 
 
 def embed_reference(
-    ids_M: Tensor,
+    ids: Tensor,
     table: Weight,
     positions_PD: Tensor,
-    position_M: Tensor,
+    first: int = 0,
+    step: Tensor | None = None,
     norm: tuple[Tensor, Tensor] | None = None,
-    token_types: tuple[Tensor, Tensor] | None = None,
+    token_types: tuple[Tensor, Tensor | None] | None = None,
     embed_scale: float = 1.0,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same in torch."""
-    _check_embedding(ids_M, table, positions_PD, position_M, norm, token_types)
-    x_MD = unpack(table)[ids_M.long()].float() * table.scale_N[ids_M.long()][:, None] * embed_scale
+    _check_embedding(ids, table, positions_PD, step, norm, token_types)
+    if step is not None:
+        ids_M, position_M = ids[int(step)].long(), step.long().expand(ids.shape[1])
+    else:
+        ids_M, position_M = ids.reshape(-1).long(), torch.arange(ids.shape[1], device=ids.device).repeat(len(ids))
+    x_MD = unpack(table)[ids_M].float() * table.scale_N[ids_M][:, None] * embed_scale
     if token_types is not None:
-        x_MD = x_MD + token_types[0][token_types[1].long()]
-    x_MD = x_MD + positions_PD[position_M.long()]
+        types = torch.zeros_like(ids_M) if token_types[1] is None else token_types[1].reshape(-1).long()
+        x_MD = x_MD + token_types[0][types]
+    x_MD = x_MD + positions_PD[first + position_M]
     weight_D, bias_D = norm or (None, None)
     codes_MD, scale_M, h_MD = norm_and_quantize_reference(x_MD, weight_D, bias_D, eps)
     return x_MD if h_MD is None else h_MD, codes_MD, scale_M
 
 
 def _check_embedding(
-    ids_M: Tensor,
+    ids: Tensor,
     table: Weight,
     positions_PD: Tensor,
-    position_M: Tensor,
+    step: Tensor | None,
     norm: tuple[Tensor, Tensor] | None,
-    token_types: tuple[Tensor, Tensor] | None,
-) -> tuple[int, int]:
-    m, d = len(ids_M), table.k
-    wanted = [("ids", ids_M, torch.int32, [m]), ("positions of tokens", position_M, torch.int32, [m])]
+    token_types: tuple[Tensor, Tensor | None] | None,
+) -> int:
+    d = table.k
+    if ids.dim() != 2:
+        raise ValueError(f"ids {ids.dtype} {list(ids.shape)}: expected two dimensions")
+    wanted = [("ids", ids, torch.int32, list(ids.shape)), ("step", step, torch.int32, [1])]
     wanted += [("positions", positions_PD, torch.float32, [len(positions_PD), d])]
     if norm is not None:
         wanted += [("LayerNorm's weight", norm[0], torch.float32, [d]), ("its bias", norm[1], torch.float32, [d])]
     if token_types is not None:
-        types_TD, type_M = token_types
+        types_TD, types = token_types
         wanted += [("token types", types_TD, torch.float32, [len(types_TD), d])]
-        wanted += [("types of tokens", type_M, torch.int32, [m])]
+        wanted += [("types of tokens", types, torch.int32, list(ids.shape))]
     for name, tensor, dtype, shape in wanted:
+        if tensor is None:
+            continue
         if tensor.dtype != dtype or list(tensor.shape) != shape or not tensor.is_contiguous():
             raise ValueError(f"{name} {tensor.dtype} {list(tensor.shape)}: expected contiguous {dtype} {shape}")
         if tensor.device != table.packed_NW.device:
             raise ValueError(f"{name} on {tensor.device}, the table on {table.packed_NW.device}: expected one device")
-    return m, d
+    return d
 
 
 def _check(x_MD: Tensor, weight_D: Tensor | None, bias_D: Tensor | None) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The native CPU engine for encoders: transformers' own model, its stack of layers in native code.
+"""Encoders through a native engine: transformers' own model, its stack of layers run by the engine.
 
 The base model (`BertModel`, say) inside whatever class the folder names gets a subclass whose `forward` makes the last
 hidden states natively; pooler and heads stay transformers' modules, in float, so every head class works and none is
@@ -10,12 +10,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from dqbart_kernels import cpu
 from torch import Tensor, nn
 
-from dqbart.engines.native import first_position, open_native, why_not
+from dqbart.engines.native import Runner, check_runs, first_position, open_native
 from dqbart.packed import shards
 from dqbart.packed.verify import build_skeleton, read_config, read_spec
 
@@ -23,10 +21,9 @@ log = logging.getLogger("dqbart")
 
 
 class NativeBase:
-    """What the subclass of a base model adds: `native`, `threads`, and the same folder in the torch engine."""
+    """What the subclass of a base model adds: `runner`, and the same folder in the torch engine."""
 
-    native: cpu.Model
-    threads: int
+    runner: Runner
     folder: Path
     config: Any
     _said: set[str]
@@ -45,11 +42,13 @@ class NativeBase:
         if reason is not None:
             if reason not in self._said:
                 self._said.add(reason)
-                log.warning("the torch engine runs: the native one does not know %s", reason)
+                log.warning("the torch engine runs: engine %s does not know %s", self.runner.name, reason)
             given = others | {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
             given = {name: value for name, value in given.items() if value is not None}
             return self.torch_base(input_ids=input_ids, return_dict=return_dict, **given)
-        hidden_BLD = self._encode(input_ids, attention_mask, token_type_ids)
+        b, length = input_ids.shape
+        lengths_B = torch.full((b,), length) if attention_mask is None else attention_mask.sum(1)
+        hidden_BLD = self.runner.hidden(input_ids, lengths_B, token_type_ids)
         output = self._output(hidden_BLD)
         return output.to_tuple() if return_dict is False else output
 
@@ -59,7 +58,9 @@ class NativeBase:
         if self._torch_base is None:
             from dqbart.packed.checkpoint import load_packed
 
-            self._torch_base = [load_packed(self.folder).base_model]  # in a list: no submodule of this one
+            self._torch_base = [
+                load_packed(self.folder, device=self.runner.device).base_model
+            ]  # in a list: no submodule of this one
         return self._torch_base[0]
 
     def _unsupported(self, ids: Any, mask: Any, types: Any, others: dict[str, Any]) -> str | None:
@@ -77,26 +78,15 @@ class NativeBase:
                 raise ValueError(f"{name} {list(given.shape)}: expected the shape of input_ids, {list(ids.shape)}")
         if mask is not None:
             lengths = mask.sum(1)
-            if (lengths == 0).any() or not torch.equal(mask.bool(), torch.arange(mask.shape[1]) < lengths[:, None]):
+            if (lengths == 0).any() or not torch.equal(
+                mask.bool(), torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
+            ):
                 return "padding on the left or inside a text"
         if first_position(self.config):  # positions count what is not padding
             real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
             if (ids[real] == self.config.pad_token_id).any():
                 return "padding tokens that are attended to"
         return None
-
-    def _encode(self, ids_BL: Tensor, mask_BL: Tensor | None, types_BL: Tensor | None) -> Tensor:
-        lengths = [ids_BL.shape[1]] * len(ids_BL) if mask_BL is None else mask_BL.sum(1).tolist()
-
-        def rows(of_BL: Tensor) -> list[cpu.I32]:
-            found = of_BL.cpu().to(torch.int32).numpy()
-            return [found[i, :length] for i, length in enumerate(lengths)]
-
-        types = rows(types_BL) if types_BL is not None and self.native.sizes["token_types"] else None
-        hidden = np.zeros((*ids_BL.shape, self.native.sizes["d"]), np.float32)
-        for i, row in enumerate(self.native.encode(rows(ids_BL), self.threads, types)):
-            hidden[i, : len(row)] = row
-        return torch.from_numpy(hidden)
 
     def _output(self, hidden_BLD: Tensor) -> Any:
         from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
@@ -113,30 +103,27 @@ class NativeBase:
         return BaseModelOutputWithPooling(last_hidden_state=hidden_BLD, pooler_output=pooled)
 
 
-def load_encoder(folder: str | Path, *, threads: int | None = None) -> Any:
-    """transformers' model of a packed encoder folder, in eval mode, its layers in native memory.
+def load_encoder(folder: str | Path, runner: Runner) -> Any:
+    """transformers' model of a packed encoder folder, in eval mode, its layers with the engine.
 
     Raises `FileNotFoundError` or `ValueError`, one line, for a folder that doesn't fit.
     """
     folder = Path(folder)
-    reason = why_not(folder)
-    if reason is not None:
-        raise ValueError(f"engine 'cpu' can't run {folder}: {reason}; use engine 'torch'")
+    check_runs(runner, folder)
     config = read_config(folder)
     spec = read_spec(folder, config)
     model = build_skeleton(folder, config, spec)
-    native, rest = open_native(folder, spec, model, cpu.Model)
+    _, rest = open_native(folder, spec, model, runner.make)
     base = model.base_model
     for name in ("embeddings", "encoder", "transformer"):
         base._modules.pop(name, None)
     for name, info in rest.items():
         parent, _, leaf = name.rpartition(".")
         module: nn.Module = model.get_submodule(parent)
-        module._parameters[leaf] = nn.Parameter(shards.read_tensor(info).float(), requires_grad=False)
+        module._parameters[leaf] = nn.Parameter(shards.read_tensor(info).float().to(runner.device), requires_grad=False)
     missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if missing:
         raise ValueError(f"{folder}: tensor {missing[0]}: the native engine doesn't know where it comes from")
     base.__class__ = type(f"Native{type(base).__name__}", (NativeBase, type(base)), {})
-    base.native, base.threads, base.folder = native, threads or torch.get_num_threads(), folder
-    base._said = set()
+    base.runner, base.folder, base._said = runner, folder, set()
     return model.eval()

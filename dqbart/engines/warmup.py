@@ -1,0 +1,58 @@
+"""Everything that engine `triton` compiles, compiled before the first request.
+
+Triton compiles a kernel when it is first called at a kind of shape, for a tenth of a second to a second, and keeps the
+result on disk (~/.triton/cache, or TRITON_CACHE_DIR). Graphs are captured anew by every process, from compiled kernels,
+in milliseconds. So this asks the model for one text of every bucket, then for the next process everything is there.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def warm_up(
+    folder: str | Path,
+    *,
+    device: Any = "cuda",
+    batch_sizes: Sequence[int] = (1,),
+    beams: Sequence[int] = (1, 4),
+    source_length: int | None = None,
+) -> dict[str, Any]:
+    """Run every bucket up to `source_length` tokens (default: all that the model has) at these widths, with the
+    folder's own generation settings and without. Returns {"calls", "seconds", "cache"}.
+
+    Raises `ValueError` where the engine can't run, or for lengths that the model hasn't.
+    """
+    import torch
+    from triton import knobs
+
+    from dqbart.engines import load
+    from dqbart.engines.native import first_position
+
+    for name, values in (("batch_sizes", batch_sizes), ("beams", beams)):
+        if not values or min(values) < 1:
+            raise ValueError(f"{name} {list(values)!r}: expected numbers from 1 on")
+    model = load(folder, engine="triton", device=device)
+    writes = model.config.is_encoder_decoder
+    room = model.config.max_position_embeddings - (0 if writes else first_position(model.config))
+    longest = room if source_length is None else source_length
+    if not 1 <= longest <= room:
+        raise ValueError(f"source_length {longest}: expected 1 to {room}")
+    runner = model.runner if writes else model.base_model.runner
+    calls, start = 0, time.perf_counter()
+    for length in runner.model.buckets(longest):
+        for batch in batch_sizes:
+            ids = torch.full((batch, length), 5, device=device)
+            for width in beams if writes else (0,):
+                for rules in ({}, {"forced_bos_token_id": None, "forced_eos_token_id": None}) if writes else ({},):
+                    print(f"\r{length} tokens, {batch} texts, {width or 'no'} beams ...", end="", file=sys.stderr)
+                    if writes:
+                        model.generate(input_ids=ids, num_beams=width, **rules)
+                    else:
+                        with torch.no_grad():
+                            model(input_ids=ids)
+                    calls += 1
+    print(file=sys.stderr)
+    return {"calls": calls, "seconds": round(time.perf_counter() - start, 1), "cache": knobs.cache.dir}

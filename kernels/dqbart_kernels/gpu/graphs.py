@@ -1,0 +1,56 @@
+"""Launches recorded once and replayed: on CUDA a captured graph, elsewhere the function itself.
+
+A step of a small model is a hundred launches of a few microseconds each; asked for one by one from Python they take
+longer than they run. A graph is bound to the memory it was captured with, so its inputs are buffers that the caller
+fills, and what it returns is written anew by every replay.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+MOST = 32  # of each kind that are kept
+
+
+class Recorded(Generic[T]):
+    """`run` captured on `device`, after one run that compiles its kernels. Graphs of one `pool` never run at once."""
+
+    def __init__(self, run: Callable[[], T], device: torch.device, pool: Any = None) -> None:
+        self._run, self._graph = run, None
+        if device.type != "cuda":
+            return
+        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            run()
+        current.wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._result = run()
+
+    def __call__(self) -> T:
+        if self._graph is None:
+            return self._run()
+        self._graph.replay()
+        return self._result
+
+
+class Kept(Generic[T]):
+    """The last things that were made for a key; the one that was not used for longest goes first."""
+
+    def __init__(self) -> None:
+        self._items: OrderedDict[Hashable, T] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        if key not in self._items:
+            while len(self._items) >= MOST:
+                self._items.popitem(last=False)
+            self._items[key] = make()
+        self._items.move_to_end(key)
+        return self._items[key]
+
+    def __len__(self) -> int:
+        return len(self._items)

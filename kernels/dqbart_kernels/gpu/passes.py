@@ -1,0 +1,201 @@
+"""A transformer's packed weights on a device, and its passes as launches: BART, mBART, or an encoder.
+
+Tensors come by the names and through the calls that the CPU engine takes them (cpu/src/model.cpp). Rows of a batch are
+padded to one length; attention sees each source's own tokens alone, and everything else is row by row, so what one
+source gives depends neither on its batch nor on padding. Activations between products are fp32 and as the contract has
+them: both native engines and the torch engine compute the same bits.
+
+Shape suffixes: B sources, S source tokens, M = B S rows, R decoder rows (the beams of each source side by side).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dqbart_kernels.gpu.attention import Cache, Heads, attend, attend_history, quantize_heads
+from dqbart_kernels.gpu.products import Weight, int8_matmul
+from dqbart_kernels.gpu.rows import embed, norm_and_quantize
+from dqbart_kernels.sizes import ACTIVATIONS, complete
+
+Codes = tuple[Tensor, Tensor]  # int8 [M, K], fp32 [M]
+
+
+@dataclass
+class Linear:
+    """One product: projections of the same input lie one after the other."""
+
+    weight: Weight
+    bias_N: Tensor
+
+    def __call__(self, x: Codes, residual_MN: Tensor | None = None, activation: str = "none") -> Tensor:
+        return int8_matmul(*x, self.weight, self.bias_N, residual_MN, activation)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the decoder reads of its sources: cross-attention's keys and values in every layer, and their lengths."""
+
+    keys: list[Heads]
+    values: list[Heads]
+    length_B: Tensor  # int32
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a generation stands: the self-attention caches, what each row read at each step, and who wrote what."""
+
+    caches: list[Cache]
+    tokens_TR: Tensor  # int32; row 0: the start tokens
+    history_RT: Tensor  # int32: see `attend_history`
+    step: Tensor  # int32 [1]
+
+
+class Passes:
+    """Filled by `set_matrix` and `set_vector`, then used. `sizes`: see `dqbart_kernels.sizes`.
+
+    Raises `ValueError` with the name for what doesn't fit.
+    """
+
+    def __init__(self, sizes: dict[str, int], embed_scale: float, eps: float, device: torch.device | str) -> None:
+        self.sizes, self.embed_scale, self.eps, self.device = complete(sizes), embed_scale, eps, torch.device(device)
+        self.activation = {number: name for name, number in ACTIVATIONS.items()}[self.sizes["activation"]]
+        self.heads, self.width = self.sizes["heads"], self.sizes["d"] // self.sizes["heads"]
+        self.scaling = float(np.float32(self.width**-0.5))
+        self._parts: dict[str, tuple[Weight, Tensor]] = {}
+        self._vectors: dict[str, Tensor] = {}
+        self._linear: dict[str, Linear] = {}
+
+    def set_matrix(self, name: str, bits: int, shape: tuple[int, int], planar: Any, scale: Any, bias: Any) -> None:
+        """`planar`: planar32 bytes [N, row bytes]; `scale`, `bias`: [N]; all numpy arrays."""
+        n, k = shape
+        packed = torch.from_numpy(np.ascontiguousarray(planar)).view(n, -1).to(self.device)
+        zeros = np.zeros(n, np.float32)
+        weight = Weight(packed, torch.from_numpy(scale).to(self.device), bits, k)
+        self._parts[name] = weight, torch.from_numpy(zeros if bias is None else bias).to(self.device)
+
+    def set_vector(self, name: str, values: Any) -> None:
+        self._vectors[name] = torch.from_numpy(np.array(values, np.float32)).to(self.device)
+
+    def finish(self) -> None:
+        """Join what is multiplied together. Raises `ValueError` for a missing matrix."""
+        for stack, of_decoder in (("encoder", False), ("decoder", True)):
+            for layer in range(self.sizes[f"{stack}_layers"]):
+                name = f"{stack}.layers.{layer}."
+                self._join(name + "self_attn.qkv", [name + f"self_attn.{x}_proj" for x in "qkv"])
+                if of_decoder:
+                    self._join(name + "encoder_attn.kv", [name + f"encoder_attn.{x}_proj" for x in "kv"])
+        self._linear |= {name: Linear(*part) for name, part in self._parts.items() if name != "shared"}
+        if "shared" not in self._parts:
+            raise ValueError("shared: missing")
+        self.vocabulary = self._parts["shared"][0]
+        self._parts.clear()
+
+    def _join(self, name: str, parts: list[str]) -> None:
+        missing = [part for part in parts if part not in self._parts]
+        if missing:
+            raise ValueError(f"{missing[0]}: missing")
+        weights, biases = zip(*(self._parts.pop(part) for part in parts), strict=True)
+        packed, scale = torch.cat([w.packed_NW for w in weights]), torch.cat([w.scale_N for w in weights])
+        self._linear[name] = Linear(Weight(packed, scale, weights[0].bits, weights[0].k), torch.cat(biases))
+
+    def _norm(self, name: str) -> tuple[Tensor, Tensor]:
+        return self._vectors[name + ".weight"], self._vectors[name + ".bias"]
+
+    def _embed(self, stack: str, ids: Tensor, step: Tensor | None, types: Tensor | None) -> tuple[Tensor, Codes]:
+        width, first = self.sizes["embedding_d"], self.sizes["position_offset"]
+        table = self._vectors.get(f"{stack}.token_types.weight")
+        kinds = None if table is None else (table.view(-1, width), types)
+        norm = self._norm(f"{stack}.layernorm_embedding") if self.sizes["embedding_norm"] else None
+        positions = self._vectors[f"{stack}.embed_positions.weight"].view(-1, width)
+        h, *codes = embed(ids, self.vocabulary, positions, first, step, norm, kinds, self.embed_scale, self.eps)
+        if self.sizes["embedding_map"]:
+            h = self._linear[f"{stack}.embedding_map"]((codes[0], codes[1]))
+            codes = list(norm_and_quantize(h)[:2])
+        return h, (codes[0], codes[1])
+
+    def _start(self, norm: str, h_MD: Tensor, x: Codes) -> Codes:
+        """The input of a block: normed here (mBART), or where the last one ended (BART)."""
+        if not self.sizes["pre_norm"]:
+            return x
+        codes, scale, _ = norm_and_quantize(h_MD, *self._norm(norm), self.eps, keep=False)
+        return codes, scale
+
+    def _end(self, norm: str, h_MD: Tensor, x: Codes) -> tuple[Tensor, Codes]:
+        if self.sizes["pre_norm"]:
+            return h_MD, x
+        codes, scale, normed = norm_and_quantize(h_MD, *self._norm(norm), self.eps)
+        assert normed is not None
+        return normed, (codes, scale)
+
+    def _feed_forward(self, layer: str, h_MD: Tensor, x: Codes) -> tuple[Tensor, Codes]:
+        x = self._start(layer + "final_layer_norm", h_MD, x)
+        wide = self._linear[layer + "fc1"](x, activation=self.activation)
+        h_MD = self._linear[layer + "fc2"](norm_and_quantize(wide)[:2], h_MD)
+        return self._end(layer + "final_layer_norm", h_MD, x)
+
+    def _last(self, stack: str, h_MD: Tensor, x: Codes) -> tuple[Tensor, Codes]:
+        if not self.sizes["pre_norm"]:
+            return h_MD, x
+        codes, scale, normed = norm_and_quantize(h_MD, *self._norm(f"{stack}.layer_norm"), self.eps)
+        assert normed is not None
+        return normed, (codes, scale)
+
+    def encode(self, ids_BS: Tensor, length_B: Tensor, type_BS: Tensor | None = None) -> tuple[Tensor, Codes]:
+        """Hidden states fp32 [B, S, D] of int32 ids, whose first `length_B` are tokens, and their codes."""
+        b, s = ids_BS.shape
+        d, w = self.sizes["d"], self.width
+        h, x = self._embed("encoder", ids_BS, None, type_BS)
+        for step in range(self.sizes["encoder_steps"]):
+            layer = f"encoder.layers.{step * self.sizes['encoder_layers'] // self.sizes['encoder_steps']}."
+            x = self._start(layer + "self_attn_layer_norm", h, x)
+            qkv = self._linear[layer + "self_attn.qkv"](x).view(b, s, 3 * d)
+            keys, values = (quantize_heads(qkv[..., i * d :], self.heads, w) for i in (1, 2))
+            mixed = attend(qkv, keys, values, length_B, self.scaling).view(b * s, d)
+            h = self._linear[layer + "self_attn.out_proj"](norm_and_quantize(mixed)[:2], h)
+            h, x = self._end(layer + "self_attn_layer_norm", h, x)
+            h, x = self._feed_forward(layer, h, x)
+        h, x = self._last("encoder", h, x)
+        return h.view(b, s, d), x
+
+    def sources(self, x: Codes, length_B: Tensor, s: int) -> Sources:
+        """Cross-attention's keys and values of what `encode` gave."""
+        d, b = self.sizes["d"], len(length_B)
+        keys, values = [], []
+        for layer in range(self.sizes["decoder_layers"]):
+            kv = self._linear[f"decoder.layers.{layer}.encoder_attn.kv"](x).view(b, s, 2 * d)
+            keys.append(quantize_heads(kv, self.heads, self.width))
+            values.append(quantize_heads(kv[..., d:], self.heads, self.width))
+        return Sources(keys, values, length_B)
+
+    def state(self, rows: int, steps: int) -> State:
+        """Room for `steps` steps of `rows` hypotheses."""
+        layers = range(self.sizes["decoder_layers"])
+        return State(
+            [Cache.of(steps, rows, self.heads, self.width, self.device) for _ in layers],
+            torch.zeros((steps + 1, rows), dtype=torch.int32, device=self.device),
+            torch.zeros((rows, steps), dtype=torch.int32, device=self.device),
+            torch.zeros(1, dtype=torch.int32, device=self.device),
+        )
+
+    def decode(self, sources: Sources, state: State) -> Tensor:
+        """Logits fp32 [R, V] of one step; rows of a source are neighbours. The caller moves `state` on."""
+        d, b, rows = self.sizes["d"], len(sources.length_B), state.tokens_TR.shape[1]
+        h, x = self._embed("decoder", state.tokens_TR, state.step, None)
+        for i, cache in enumerate(state.caches):
+            layer = f"decoder.layers.{i}."
+            x = self._start(layer + "self_attn_layer_norm", h, x)
+            qkv = self._linear[layer + "self_attn.qkv"](x)
+            mixed = attend_history(qkv, cache, state.history_RT, state.step, self.scaling)
+            h = self._linear[layer + "self_attn.out_proj"](norm_and_quantize(mixed)[:2], h)
+            h, x = self._end(layer + "self_attn_layer_norm", h, x)
+            x = self._start(layer + "encoder_attn_layer_norm", h, x)
+            q = self._linear[layer + "encoder_attn.q_proj"](x).view(b, rows // b, d)
+            mixed = attend(q, sources.keys[i], sources.values[i], sources.length_B, self.scaling).view(rows, d)
+            h = self._linear[layer + "encoder_attn.out_proj"](norm_and_quantize(mixed)[:2], h)
+            h, x = self._end(layer + "encoder_attn_layer_norm", h, x)
+            h, x = self._feed_forward(layer, h, x)
+        _, x = self._last("decoder", h, x)
+        return int8_matmul(*x, self.vocabulary, self._vectors.get("final_logits_bias"))
