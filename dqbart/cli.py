@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dqbart: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         print(f"dqbart: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:

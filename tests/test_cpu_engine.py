@@ -74,6 +74,7 @@ def test_hidden_states_and_logits(
 
 OPTIONS: list[dict[str, Any]] = [
     {}, {"min_length": 8}, {"no_repeat_ngram_size": 2}, {"repetition_penalty": 1.4}, {"forced_bos_token_id": 5},
+    {"forced_bos_token_id": 0, "min_length": 4},
     {"forced_eos_token_id": 2, "max_length": 9}, {"bad_words_ids": [[7], [8, 9], [10, 11, 12], [2]]},
     {"suppress_tokens": [20, 21], "begin_suppress_tokens": [2, 30]}, {"max_new_tokens": 3},
     {"no_repeat_ngram_size": 1, "min_new_tokens": 6, "repetition_penalty": 0.8, "eos_token_id": [2, 40, 41]},

@@ -147,8 +147,8 @@ class TextModel:
         rest = {name: value for name, value in rest.items() if value is not None and name != "use_cache"}
         if rest:
             return f"the argument {sorted(rest)[0]!r}"
-        lengths = mask.sum(1)
-        if (lengths == 0).any() or not torch.equal(mask, torch.arange(mask.shape[1]) < lengths[:, None]):
+        lengths, place = mask.sum(1), torch.arange(mask.shape[1], device=mask.device)
+        if (lengths == 0).any() or not torch.equal(mask, place < lengths[:, None]):
             return "padding on the left or inside a source"
         if settings.do_sample and settings.num_beams > 1:
             return "sampling with beams"
@@ -170,7 +170,9 @@ class TextModel:
 
     def _run(self, ids: Any, mask: Any, settings: Any, call: dict[str, Any], streamer: Any, seed: int | None) -> Any:
         options = {name: value for name in _SAME if (value := getattr(settings, name, None)) is not None}
-        options |= {ours: value for name, ours in _RENAMED.items() if (value := getattr(settings, name, None))}
+        options |= {
+            ours: value for name, ours in _RENAMED.items() if (value := getattr(settings, name, None)) is not None
+        }
         start = int(settings._decoder_start_token_tensor)
         ends = [] if settings._eos_token_tensor is None else settings._eos_token_tensor.reshape(-1).tolist()
         if call.get("max_new_tokens", settings.max_new_tokens) is not None:
