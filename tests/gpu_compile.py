@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from dqbart_kernels.gpu import attention, head, products, rows, rules, search
+from dqbart_kernels.gpu import attention, head, one_shot, products, rows, rules, search
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -78,6 +78,14 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
     table = dict(id="i32", type="i32", step="i32", packed="u8", token_scale="fp32", types="fp32", positions="fp32")
     for bits in (8, 2):
         yield f"embed bits {bits}", rows._embed, table | pointers, dict(BITS=bits, BD=1024), options
+    for bits, k, normed in ((8, 1024, True), (2, 768, True), (2, 4096, False), (1, 4096, False)):
+        constants = dict(
+            BITS=bits, FIELD=products.FIELD[bits], BM=8, BN=8, BW=triton.next_power_of_2(k * bits // 8), ACTIVATION=0
+        )
+        types = dict(x="fp32", w="u8", w_scale="fp32", w_bias="fp32", residual="fp32", y="fp32")
+        types |= dict(weight="fp32", bias="fp32", h="fp32") if normed else {}
+        some = dict(num_warps=8, enable_fp_fusion=False)
+        yield f"one_shot_matmul bits {bits} k {k}", one_shot._one_shot_matmul, types, constants, some
     yield "norm_and_quantize", rows._norm_and_quantize, pointers, dict(BD=1024), options
 
 

@@ -51,6 +51,12 @@ def test_rows(made: list[dict[str, Any]]) -> None:
         assert row["target"] == "gfx942" or (row["registers"] <= 80 and row["instructions"] <= 1100), row
 
 
+def test_one_shot(made: list[dict[str, Any]]) -> None:
+    found = [row for row in made if row["kernel"].startswith("one_shot") and row["target"] != "gfx942"]
+    for row in found:
+        assert row["matrix"] == ["mma.sync"] and row["spills"] == 0 and row["instructions"] <= 3300, row
+
+
 def test_attention(made: list[dict[str, Any]]) -> None:
     few, many, history, quantizing = (row for row in made if row["kernel"].startswith(("attend", "quantize")))
     if few["target"] == "gfx942":

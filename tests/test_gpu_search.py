@@ -34,7 +34,7 @@ class WithTorchLogits(Model):
 
     def encode(self, ids_BS: Any, length_B: Any, type_BS: Any = None) -> Any:
         mask = (torch.arange(ids_BS.shape[1], device=DEVICE) < length_B[:, None]).long()
-        return None, {"input_ids": ids_BS.long(), "attention_mask": mask}
+        return {"input_ids": ids_BS.long(), "attention_mask": mask}
 
     def sources(self, x: Any, length_B: Any, s: int) -> Any:
         return x

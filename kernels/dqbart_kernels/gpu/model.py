@@ -179,8 +179,8 @@ class Model(Passes):
             given = None if types_BS is None else types
 
             def run() -> Any:
-                hidden, codes = self.encode(ids, lengths, given)
-                return self.sources(codes, lengths, shape[1]) if decoder else hidden
+                x = self.encode(ids, lengths, given)
+                return self.sources(x, lengths, shape[1]) if decoder else x.value.view(*shape, -1)
 
             return _Batch(ids, given, lengths, Recorded(run, self.device, self._pool))
 

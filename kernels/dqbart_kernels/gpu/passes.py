@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dqbart_kernels.gpu.attention import Cache, Heads, attend, attend_history, quantize_heads
+from dqbart_kernels.gpu.one_shot import fits, one_shot_matmul
 from dqbart_kernels.gpu.products import Weight, int8_matmul
 from dqbart_kernels.gpu.rows import embed, norm_and_quantize
 from dqbart_kernels.sizes import ACTIVATIONS, complete
@@ -23,15 +24,67 @@ from dqbart_kernels.sizes import ACTIVATIONS, complete
 Codes = tuple[Tensor, Tensor]  # int8 [M, K], fp32 [M]
 
 
-@dataclass
+class Rows:
+    """Rows on their way into a product: LayerNorm, or nothing, and int8 codes, each made when it is asked for.
+
+    Few rows are normed and quantized inside the product itself (one_shot.py); then nothing is made here.
+    """
+
+    def __init__(
+        self,
+        x_MD: Tensor,
+        norm: tuple[Tensor, Tensor] | None = None,
+        eps: float = 1e-5,
+        codes: Codes | None = None,
+        wanted: bool = True,
+    ) -> None:
+        """`codes`: where they are known. `wanted`: LayerNorm's result is read too, later."""
+        self.x_MD, self._norm, self._eps, self._codes, self._wanted = (
+            x_MD,
+            norm,
+            eps,
+            codes,
+            wanted and norm is not None,
+        )
+        self._value: Tensor | None = None
+
+    @property
+    def codes(self) -> Codes:
+        if self._codes is None:
+            weight_D, bias_D = self._norm or (None, None)
+            codes, scale, value = norm_and_quantize(self.x_MD, weight_D, bias_D, self._eps, self._wanted)
+            self._codes, self._value = (codes, scale), value
+        return self._codes
+
+    @property
+    def value(self) -> Tensor:
+        """What the codes stand for, fp32 [M, D]."""
+        if self._norm is None:
+            return self.x_MD
+        if self._value is None:
+            assert self._wanted and self._codes is None
+            _ = self.codes
+        assert self._value is not None
+        return self._value
+
+    def into(self, linear: "Linear", residual_MN: Tensor | None = None, activation: str = "none") -> Tensor:
+        """The product of these rows."""
+        if self._codes is not None or not fits(len(self.x_MD), linear.weight, self._norm is not None):
+            return int8_matmul(*self.codes, linear.weight, linear.bias_N, residual_MN, activation)
+        keep = self._wanted and self._value is None
+        y_MN, value = one_shot_matmul(
+            self.x_MD, linear.weight, linear.bias_N, self._norm, residual_MN, activation, self._eps, keep
+        )
+        self._value = value if keep else self._value
+        return y_MN
+
+
+@dataclass(frozen=True)
 class Linear:
     """One product: projections of the same input lie one after the other."""
 
     weight: Weight
     bias_N: Tensor
-
-    def __call__(self, x: Codes, residual_MN: Tensor | None = None, activation: str = "none") -> Tensor:
-        return int8_matmul(*x, self.weight, self.bias_N, residual_MN, activation)
 
 
 @dataclass(frozen=True)
@@ -104,68 +157,54 @@ class Passes:
     def _norm(self, name: str) -> tuple[Tensor, Tensor]:
         return self._vectors[name + ".weight"], self._vectors[name + ".bias"]
 
-    def _embed(self, stack: str, ids: Tensor, step: Tensor | None, types: Tensor | None) -> tuple[Tensor, Codes]:
+    def _embed(self, stack: str, ids: Tensor, step: Tensor | None, types: Tensor | None) -> Rows:
         width, first = self.sizes["embedding_d"], self.sizes["position_offset"]
         table = self._vectors.get(f"{stack}.token_types.weight")
         kinds = None if table is None else (table.view(-1, width), types)
         norm = self._norm(f"{stack}.layernorm_embedding") if self.sizes["embedding_norm"] else None
         positions = self._vectors[f"{stack}.embed_positions.weight"].view(-1, width)
-        h, *codes = embed(ids, self.vocabulary, positions, first, step, norm, kinds, self.embed_scale, self.eps)
-        if self.sizes["embedding_map"]:
-            h = self._linear[f"{stack}.embedding_map"]((codes[0], codes[1]))
-            codes = list(norm_and_quantize(h)[:2])
-        return h, (codes[0], codes[1])
+        h, codes, scale = embed(ids, self.vocabulary, positions, first, step, norm, kinds, self.embed_scale, self.eps)
+        x = Rows(h, codes=(codes, scale))
+        return Rows(x.into(self._linear[f"{stack}.embedding_map"])) if self.sizes["embedding_map"] else x
 
-    def _start(self, norm: str, h_MD: Tensor, x: Codes) -> Codes:
+    def _start(self, norm: str, x: Rows) -> Rows:
         """The input of a block: normed here (mBART), or where the last one ended (BART)."""
-        if not self.sizes["pre_norm"]:
-            return x
-        codes, scale, _ = norm_and_quantize(h_MD, *self._norm(norm), self.eps, keep=False)
-        return codes, scale
+        return Rows(x.x_MD, self._norm(norm), self.eps, wanted=False) if self.sizes["pre_norm"] else x
 
-    def _end(self, norm: str, h_MD: Tensor, x: Codes) -> tuple[Tensor, Codes]:
-        if self.sizes["pre_norm"]:
-            return h_MD, x
-        codes, scale, normed = norm_and_quantize(h_MD, *self._norm(norm), self.eps)
-        assert normed is not None
-        return normed, (codes, scale)
+    def _end(self, norm: str, h_MD: Tensor) -> Rows:
+        """What a block leaves to the next one, from its sum with the residual."""
+        return Rows(h_MD) if self.sizes["pre_norm"] else Rows(h_MD, self._norm(norm), self.eps)
 
-    def _feed_forward(self, layer: str, h_MD: Tensor, x: Codes) -> tuple[Tensor, Codes]:
-        x = self._start(layer + "final_layer_norm", h_MD, x)
-        wide = self._linear[layer + "fc1"](x, activation=self.activation)
-        h_MD = self._linear[layer + "fc2"](norm_and_quantize(wide)[:2], h_MD)
-        return self._end(layer + "final_layer_norm", h_MD, x)
+    def _feed_forward(self, layer: str, x: Rows) -> Rows:
+        norm = layer + "final_layer_norm"
+        wide = self._start(norm, x).into(self._linear[layer + "fc1"], activation=self.activation)
+        return self._end(norm, Rows(wide).into(self._linear[layer + "fc2"], x.value))
 
-    def _last(self, stack: str, h_MD: Tensor, x: Codes) -> tuple[Tensor, Codes]:
-        if not self.sizes["pre_norm"]:
-            return h_MD, x
-        codes, scale, normed = norm_and_quantize(h_MD, *self._norm(f"{stack}.layer_norm"), self.eps)
-        assert normed is not None
-        return normed, (codes, scale)
+    def _last(self, stack: str, x: Rows) -> Rows:
+        return Rows(x.x_MD, self._norm(f"{stack}.layer_norm"), self.eps) if self.sizes["pre_norm"] else x
 
-    def encode(self, ids_BS: Tensor, length_B: Tensor, type_BS: Tensor | None = None) -> tuple[Tensor, Codes]:
-        """Hidden states fp32 [B, S, D] of int32 ids, whose first `length_B` are tokens, and their codes."""
+    def encode(self, ids_BS: Tensor, length_B: Tensor, type_BS: Tensor | None = None) -> Rows:
+        """Hidden states, B S rows, of int32 ids, of whose columns the first `length_B` are tokens."""
         b, s = ids_BS.shape
         d, w = self.sizes["d"], self.width
-        h, x = self._embed("encoder", ids_BS, None, type_BS)
+        x = self._embed("encoder", ids_BS, None, type_BS)
         for step in range(self.sizes["encoder_steps"]):
             layer = f"encoder.layers.{step * self.sizes['encoder_layers'] // self.sizes['encoder_steps']}."
-            x = self._start(layer + "self_attn_layer_norm", h, x)
-            qkv = self._linear[layer + "self_attn.qkv"](x).view(b, s, 3 * d)
+            norm = layer + "self_attn_layer_norm"
+            qkv = self._start(norm, x).into(self._linear[layer + "self_attn.qkv"]).view(b, s, 3 * d)
             keys, values = (quantize_heads(qkv[..., i * d :], self.heads, w) for i in (1, 2))
             mixed = attend(qkv, keys, values, length_B, self.scaling).view(b * s, d)
-            h = self._linear[layer + "self_attn.out_proj"](norm_and_quantize(mixed)[:2], h)
-            h, x = self._end(layer + "self_attn_layer_norm", h, x)
-            h, x = self._feed_forward(layer, h, x)
-        h, x = self._last("encoder", h, x)
-        return h.view(b, s, d), x
+            x = self._end(norm, Rows(mixed).into(self._linear[layer + "self_attn.out_proj"], x.value))
+            x = self._feed_forward(layer, x)
+        return self._last("encoder", x)
 
-    def sources(self, x: Codes, length_B: Tensor, s: int) -> Sources:
+    def sources(self, x: Rows, length_B: Tensor, s: int) -> Sources:
         """Cross-attention's keys and values of what `encode` gave."""
+        _ = x.codes  # once, for all layers
         d, b = self.sizes["d"], len(length_B)
         keys, values = [], []
         for layer in range(self.sizes["decoder_layers"]):
-            kv = self._linear[f"decoder.layers.{layer}.encoder_attn.kv"](x).view(b, s, 2 * d)
+            kv = x.into(self._linear[f"decoder.layers.{layer}.encoder_attn.kv"]).view(b, s, 2 * d)
             keys.append(quantize_heads(kv, self.heads, self.width))
             values.append(quantize_heads(kv[..., d:], self.heads, self.width))
         return Sources(keys, values, length_B)
@@ -183,19 +222,17 @@ class Passes:
     def decode(self, sources: Sources, state: State) -> Tensor:
         """Logits fp32 [R, V] of one step; rows of a source are neighbours. The caller moves `state` on."""
         d, b, rows = self.sizes["d"], len(sources.length_B), state.tokens_TR.shape[1]
-        h, x = self._embed("decoder", state.tokens_TR, state.step, None)
+        x = self._embed("decoder", state.tokens_TR, state.step, None)
         for i, cache in enumerate(state.caches):
             layer = f"decoder.layers.{i}."
-            x = self._start(layer + "self_attn_layer_norm", h, x)
-            qkv = self._linear[layer + "self_attn.qkv"](x)
+            norm = layer + "self_attn_layer_norm"
+            qkv = self._start(norm, x).into(self._linear[layer + "self_attn.qkv"])
             mixed = attend_history(qkv, cache, state.history_RT, state.step, self.scaling)
-            h = self._linear[layer + "self_attn.out_proj"](norm_and_quantize(mixed)[:2], h)
-            h, x = self._end(layer + "self_attn_layer_norm", h, x)
-            x = self._start(layer + "encoder_attn_layer_norm", h, x)
-            q = self._linear[layer + "encoder_attn.q_proj"](x).view(b, rows // b, d)
+            x = self._end(norm, Rows(mixed).into(self._linear[layer + "self_attn.out_proj"], x.value))
+            norm = layer + "encoder_attn_layer_norm"
+            q = self._start(norm, x).into(self._linear[layer + "encoder_attn.q_proj"]).view(b, rows // b, d)
             mixed = attend(q, sources.keys[i], sources.values[i], sources.length_B, self.scaling).view(rows, d)
-            h = self._linear[layer + "encoder_attn.out_proj"](norm_and_quantize(mixed)[:2], h)
-            h, x = self._end(layer + "encoder_attn_layer_norm", h, x)
-            h, x = self._feed_forward(layer, h, x)
-        _, x = self._last("decoder", h, x)
-        return int8_matmul(*x, self.vocabulary, self._vectors.get("final_logits_bias"))
+            x = self._end(norm, Rows(mixed).into(self._linear[layer + "encoder_attn.out_proj"], x.value))
+            x = self._feed_forward(layer, x)
+        # The vocabulary has too many columns for every program to norm the rows again.
+        return int8_matmul(*self._last("decoder", x).codes, self.vocabulary, self._vectors.get("final_logits_bias"))

@@ -182,7 +182,7 @@ def int8_matmul(
         a_MK, a_scale_M, weight.packed_NW, weight.scale_N, bias_N, residual_MN, y_MN, sums, arrived,
         m, n, k, w, a_MK.stride(0), n,
         BITS=weight.bits, FIELD=FIELD[weight.bits], BM=tiles.bm, BN=tiles.bn, BW=tiles.bw, SPLITS=tiles.splits,
-        SWAP=tiles.swap, ACTIVATION=ACTIVATIONS[activation], INTEGERS=out_dtype == torch.int32, ASM=_asm(device),
+        SWAP=tiles.swap, ACTIVATION=ACTIVATIONS[activation], INTEGERS=out_dtype == torch.int32, ASM=uses_asm(device),
         num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=False,
     )  # fmt: skip
     return y_MN
@@ -250,7 +250,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def _asm(device: torch.device) -> bool:
+def uses_asm(device: torch.device) -> bool:
     """PTX runs on NVIDIA alone; the interpreter, on CPU tensors, runs none."""
     return device.type == "cuda" and torch.version.cuda is not None
 
