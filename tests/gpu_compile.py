@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from dqbart_kernels.gpu import attention, head, one_shot, products, rows, rules, search
+from dqbart_kernels.gpu import attention, head, one_shot, products, rows, rules, search, weight_only
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -86,6 +86,11 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
         types |= dict(weight="fp32", bias="fp32", h="fp32") if normed else {}
         some = dict(num_warps=8, enable_fp_fusion=False)
         yield f"one_shot_matmul bits {bits} k {k}", one_shot._one_shot_matmul, types, constants, some
+    for bm, bn, warps in ((16, 16, 2), (128, 128, 8)):
+        constants = dict(BITS=4, FIELD=4, BM=bm, BN=bn, BW=64, SWAP=bm > 16, ACTIVATION=0, WIDE=False)
+        types = dict(a="bf16", w="u8", w_scale="fp32", bias="fp32", residual="bf16", y="bf16")
+        some = dict(num_warps=warps, num_stages=3)
+        yield f"weight_only_matmul {bm}", weight_only._weight_only_matmul, types, constants, some
     yield "norm_and_quantize", rows._norm_and_quantize, pointers, dict(BD=1024), options
 
 

@@ -57,6 +57,12 @@ def test_one_shot(made: list[dict[str, Any]]) -> None:
         assert row["matrix"] == ["mma.sync"] and row["spills"] == 0 and row["instructions"] <= 3300, row
 
 
+def test_weight_only(made: list[dict[str, Any]]) -> None:
+    found = [row for row in made if row["kernel"].startswith("weight_only")]
+    assert len(found) == 2 and all(row["matrix"] for row in found), found
+    assert all(row["spills"] == 0 for row in found if row["target"] != "gfx942"), found
+
+
 def test_attention(made: list[dict[str, Any]]) -> None:
     few, many, history, quantizing = (row for row in made if row["kernel"].startswith(("attend", "quantize")))
     if few["target"] == "gfx942":

@@ -11,13 +11,14 @@ from tiny_models import tiny_seq2seq, token_batch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
+from dqbart_kernels import gpu  # noqa: E402
 from dqbart_kernels.gpu import model as gpu_model  # noqa: E402
 from dqbart_kernels.gpu.graphs import MOST, Kept, Recorded  # noqa: E402
 
 from dqbart.cli import main  # noqa: E402
-from dqbart.engines import load, triton  # noqa: E402
+from dqbart.engines import load  # noqa: E402
 from dqbart.engines.text import TextModel  # noqa: E402
-from dqbart.engines.triton import GpuRunner, reason  # noqa: E402
+from dqbart.engines.triton import GpuRunner  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,15 +55,15 @@ def test_without_a_gpu(folder: Path) -> None:
 
 
 def test_an_old_gpu_and_a_missing_one(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert reason(torch.device("cuda")) == "Old Card has compute capability 7.5: it needs 8.0 (Ampere) or later"
-    assert "there are 1 GPUs, from cuda:0 on" in str(reason(torch.device("cuda:3")))
-    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
-    assert reason(torch.device("cuda")) == "triton is not installed: pip install triton"
+    assert gpu.reason(torch.device("cuda")) == "Old Card has compute capability 7.5: it needs 8.0 (Ampere) or later"
+    assert "there are 1 GPUs, from cuda:0 on" in str(gpu.reason(torch.device("cuda:3")))
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    assert gpu.reason(torch.device("cuda")) == "triton is not installed: pip install triton"
 
 
 def test_without_the_interpreter_it_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert reason(torch.device("cpu")) == "device 'cpu': it runs on NVIDIA and AMD GPUs, device 'cuda'"
+    assert gpu.reason(torch.device("cpu")) == "device 'cpu': it runs on NVIDIA and AMD GPUs, device 'cuda'"
 
 
 def test_auto_says_why_it_is_torch_on_a_gpu(
@@ -88,9 +89,9 @@ def test_a_first_kernel_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("dqbart_kernels.gpu.rows.norm_and_quantize", fails)
     monkeypatch.setattr(torch, "arange", lambda *a, **k: torch.zeros(192))
-    triton._failure.cache_clear()
-    found = reason(torch.device("cuda"))
-    triton._failure.cache_clear()
+    gpu._failure.cache_clear()
+    found = gpu.reason(torch.device("cuda"))
+    gpu._failure.cache_clear()
     assert found is not None and found.startswith("a first kernel fails: ")
 
 

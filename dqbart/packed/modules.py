@@ -15,14 +15,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from dqbart_kernels import gpu
 from dqbart_kernels.integer_matmul import PreparedWeight, prepare_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dqbart.packed.layout import as_bytes, as_words, pack, pack_trits, unpack, unpack_trits
+from dqbart.packed.layout import FIELD_BITS, as_bytes, as_words, pack, pack_trits, unpack, unpack_trits
 from dqbart.packed.spec import ModuleSpec
 from dqbart.quant.layers import integer_linear
 from dqbart.quant.quantizers import Quantizer
+
+
+def _has_half_products(x: Tensor) -> bool:
+    """Whether Triton multiplies packed weights where `x` is, in its type."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and gpu.reason(x.device) is None
 
 
 class PackedMatrix(nn.Module):
@@ -77,6 +83,8 @@ class PackedMatrix(nn.Module):
     def product(self, x: Tensor, bias_N: Tensor | None) -> Tensor:
         """`x [..., K]` times the matrix transposed, plus bias: [..., N] in the dtype of `x`."""
         quantizer = self.input_quantizer
+        if quantizer is None and self.spec.granularity == "row" and _has_half_products(x):
+            return self._weight_only(x, bias_N)
         if quantizer is None or quantizer.granularity == "tensor":  # weights only, or paper numerics: float product
             if self._operand is None:
                 self._operand = self.dequantize()
@@ -87,6 +95,16 @@ class PackedMatrix(nn.Module):
         x_MK = x.reshape(-1, x.shape[-1])
         y_MN = integer_linear(x_MK, self._operand, self.weight_scale, bias_N, quantizer)  # type: ignore[arg-type]
         return y_MN.view(*x.shape[:-1], self.spec.shape[0])
+
+    def _weight_only(self, x: Tensor, bias_N: Tensor | None) -> Tensor:
+        """The product of half-precision `x`, on words that stay packed."""
+        from dqbart_kernels.gpu.products import Weight
+        from dqbart_kernels.gpu.weight_only import weight_only_matmul
+
+        k, scale_N = x.shape[-1], self.weight_scale[:, 0].contiguous()
+        packed = Weight(as_bytes(self.weight), scale_N, FIELD_BITS[self.spec.bits], k)
+        bias_N = None if bias_N is None else bias_N.float()
+        return weight_only_matmul(x.reshape(-1, k).contiguous(), packed, bias_N).view(*x.shape[:-1], packed.n)
 
     @torch.no_grad()
     def rows(self, ids: Tensor) -> Tensor:
