@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from dqbart_kernels.gpu import attention, head, one_shot, products, rows, rules, search, weight_only
+from dqbart_kernels.gpu import attention, head, one_shot, products, rows, rules, search, vocabulary, weight_only
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -65,6 +65,16 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
         constants = dict(NORMALIZE=True, TILES=k, BT=128, TILE=512)
         types = dict(scores="fp32", peak="fp32", sum="fp32", value="fp32", token="i32")
         yield f"top_tokens {k}", head._top_tokens, types, constants, dict(num_warps=8)
+    types = dict(a="i8", a_scale="fp32", w="u8", w_scale="fp32", bias="fp32", peak="fp32", sum="fp32", logits="fp32")
+    types |= dict(tile="i32", value="fp32", token="i32")
+    for bm in (16, 64):
+        constants = dict(BITS=2, FIELD=6, BM=bm, BN=128, BW=64, SWAP=bm > 16)
+        some = dict(num_warps=4, num_stages=3, enable_fp_fusion=False)
+        yield f"vocabulary stats {bm}", vocabulary._vocabulary_stats, types, constants, some
+    constants = dict(BITS=2, FIELD=6, BN=128, BW=64, BT=512)
+    yield "vocabulary best_tiles", vocabulary._best_tiles, types, constants, some
+    constants = dict(NORMALIZE=True, TILES=8, BT=512, BN=128)
+    yield "vocabulary pick", vocabulary._pick, types, constants, dict(num_warps=8)
     ints = dict.fromkeys(("numbers", "step", "tokens", "history", "parents", "candidate", "done", "running"), "i32")
     types = dict(scores="fp32", peak="fp32", sum="fp32", value="fp32", penalty="fp32", **{"class": "u8"}, words="i32")
     constants = dict(NORMALIZE=True, BT=128, TILE=512)

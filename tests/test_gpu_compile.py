@@ -80,6 +80,16 @@ def test_head(made: list[dict[str, Any]]) -> None:
     assert len(found) == 3 and not any(row["spills"] for row in found), found
 
 
+def test_vocabulary(made: list[dict[str, Any]]) -> None:
+    few, many, tiles, pick = (row for row in made if row["kernel"].startswith("vocabulary"))
+    if few["target"] == "gfx942":
+        assert few["matrix"] and many["matrix"]
+    else:
+        assert few["matrix"] == tiles["matrix"] == ["mma.sync"]
+        assert many["matrix"] == (["mma.sync"] if few["target"] == "sm_80" else ["wgmma.mma_async"])
+        assert not any(row["spills"] for row in (few, many, tiles, pick)), made
+
+
 def test_rules_and_search(made: list[dict[str, Any]]) -> None:
     found = [row for row in made if row["kernel"].startswith(("rules", "search"))]
     assert len(found) == 4 and not any(row["spills"] for row in found), found

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 
 from dqbart_kernels import cpu  # noqa: E402
 from dqbart_kernels.gpu import model as gpu_model  # noqa: E402
+from dqbart_kernels.gpu.head import top_tokens  # noqa: E402
 from dqbart_kernels.gpu.model import Model  # noqa: E402
 from dqbart_kernels.gpu.passes import State  # noqa: E402
 from dqbart_kernels.gpu.sampling import Sampling, sample, streams, uniform  # noqa: E402
@@ -45,6 +46,12 @@ class WithTorchLogits(Model):
         said = torch.stack([state.tokens_TR[t, writers[:, t]] for t in range(step + 1)], 1).long()
         given = {name: x.repeat_interleave(rows // len(x), 0) for name, x in sources.items()}
         return self.slow(**given, decoder_input_ids=said).logits[:, -1].contiguous()
+
+    def logits(self, x: Any) -> torch.Tensor:
+        return x.clone()
+
+    def best_tokens(self, x: Any, k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return top_tokens(x, k, normalize)
 
 
 class Runner(GpuRunner):

@@ -46,6 +46,22 @@ def log_sum_exp(peak_ptr, sum_ptr, row, T, BT: tl.constexpr):
 
 
 @triton.jit
+def pick_best(x, token, inside, top, log_sum, value_ptr, token_ptr, V, K, NORMALIZE: tl.constexpr):
+    """Write the K best of a block of scores in order, equal ones by their tokens, and what `log_sum_exp` says of it."""
+    strange = tl.where(log_sum != log_sum, log_sum, 0.0)  # 0, or NaN
+    waiting = tl.where(inside, token, 2147483647)
+    for i in range(0, K):
+        best = tl.max(tl.max(tl.where(waiting < 2147483647, x, float("-inf")), 1), 0)
+        first = tl.min(tl.min(tl.where(x == best, waiting, 2147483647), 1), 0)
+        value = best
+        if NORMALIZE:
+            value = tl.where(best > float("-inf"), (best - top) - log_sum, best)
+        tl.store(value_ptr + i, value + strange)
+        tl.store(token_ptr + i, tl.minimum(first, V - 1))
+        waiting = tl.where(token == first, 2147483647, waiting)
+
+
+@triton.jit
 def _top_tokens(
     scores_ptr,  # fp32 [M, V]
     peak_ptr, sum_ptr,  # fp32 [M, T]
@@ -57,7 +73,6 @@ def _top_tokens(
     tile = tl.arange(0, BT)
     peaks = tl.load(peak_ptr + row * T + tile, mask=tile < T, other=float("-inf"))
     top, log_sum = log_sum_exp(peak_ptr, sum_ptr, row, T, BT)
-    strange = tl.where(log_sum != log_sum, log_sum, 0.0)  # 0, or NaN
     place = tl.arange(0, TILES)
     chosen = tl.zeros((TILES,), tl.int32)
     left = tl.where(tile < T, tile, 2147483647)  # tiles not yet chosen
@@ -69,16 +84,7 @@ def _top_tokens(
     token = chosen[:, None] * TILE + tl.arange(0, TILE)[None, :]
     inside = (place < tl.minimum(K, T))[:, None] & (token < V)
     x = tl.load(scores_ptr + row * V + token, mask=inside, other=float("-inf"))
-    waiting = tl.where(inside, token, 2147483647)
-    for i in range(0, K):
-        best = tl.max(tl.max(tl.where(waiting < 2147483647, x, float("-inf")), 1), 0)
-        first = tl.min(tl.min(tl.where(x == best, waiting, 2147483647), 1), 0)
-        value = best
-        if NORMALIZE:
-            value = tl.where(best > float("-inf"), (best - top) - log_sum, best)
-        tl.store(value_ptr + row * K + i, value + strange)
-        tl.store(token_ptr + row * K + i, tl.minimum(first, V - 1))
-        waiting = tl.where(token == first, 2147483647, waiting)
+    pick_best(x, token, inside, top, log_sum, value_ptr + row * K, token_ptr + row * K, V, K, NORMALIZE)
 
 
 def tile_stats(scores_MV: Tensor) -> Stats:

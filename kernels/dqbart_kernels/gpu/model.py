@@ -206,21 +206,25 @@ class Model(Passes):
         """One step of all rows."""
         state, search = loop.state, loop.search
         sources: Sources = batch.result
-        scores_RV = self.decode(sources, state)
-        if loop.rules is not None:
-            apply_rules(
-                scores_RV, tile_stats(scores_RV), loop.rules, state.tokens_TR, state.history_RT, state.step, beams > 1
-            )
-        if sampling is not None:
-            tokens_R1, values_R1 = sample(scores_RV, loop.random_R, sampling)
-            advance_rows(search, values_R1.contiguous(), tokens_R1, state.tokens_TR, state.step)
-            return
-        wanted = min(keep(beams, len(search.numbers) - 2), scores_RV.shape[1]) if beams > 1 else 1
-        values, tokens = top_tokens(scores_RV, wanted, beams > 1 and loop.rules is None)
+        x = self.decode(sources, state)
+        wanted = min(keep(beams, len(search.numbers) - 2), self.sizes["vocabulary"]) if beams > 1 else 1
+        if loop.rules is None and sampling is None:
+            values, tokens = self.best_tokens(x, wanted, normalize=beams > 1)
+        else:
+            scores_RV = self.logits(x)
+            if loop.rules is not None:
+                stats = tile_stats(scores_RV)
+                apply_rules(
+                    scores_RV, stats, loop.rules, state.tokens_TR, state.history_RT, state.step, normalize=beams > 1
+                )
+            if sampling is not None:
+                tokens, values = sample(scores_RV, loop.random_R, sampling)
+            else:
+                values, tokens = top_tokens(scores_RV, wanted)
         if beams > 1:
             advance_beams(search, values, tokens, state.tokens_TR, state.history_RT, state.step)
         else:
-            advance_rows(search, values, tokens, state.tokens_TR, state.step)
+            advance_rows(search, values.contiguous(), tokens, state.tokens_TR, state.step)
 
 
 def most_beams(ends: int) -> int:

@@ -19,6 +19,7 @@ from dqbart_kernels.gpu.attention import Cache, Heads, attend, attend_history, q
 from dqbart_kernels.gpu.one_shot import fits, one_shot_matmul
 from dqbart_kernels.gpu.products import Weight, int8_matmul
 from dqbart_kernels.gpu.rows import embed, norm_and_quantize
+from dqbart_kernels.gpu.vocabulary import best_tokens
 from dqbart_kernels.sizes import ACTIVATIONS, complete
 
 Codes = tuple[Tensor, Tensor]  # int8 [M, K], fp32 [M]
@@ -219,8 +220,9 @@ class Passes:
             torch.zeros(1, dtype=torch.int32, device=self.device),
         )
 
-    def decode(self, sources: Sources, state: State) -> Tensor:
-        """Logits fp32 [R, V] of one step; rows of a source are neighbours. The caller moves `state` on."""
+    def decode(self, sources: Sources, state: State) -> Rows:
+        """The decoder's last hidden states, R rows, of one step; rows of a source are neighbours. The caller moves
+        `state` on."""
         d, b, rows = self.sizes["d"], len(sources.length_B), state.tokens_TR.shape[1]
         x = self._embed("decoder", state.tokens_TR, state.step, None)
         for i, cache in enumerate(state.caches):
@@ -234,5 +236,13 @@ class Passes:
             mixed = attend(q, sources.keys[i], sources.values[i], sources.length_B, self.scaling).view(rows, d)
             x = self._end(norm, Rows(mixed).into(self._linear[layer + "encoder_attn.out_proj"], x.value))
             x = self._feed_forward(layer, x)
-        # The vocabulary has too many columns for every program to norm the rows again.
-        return int8_matmul(*self._last("decoder", x).codes, self.vocabulary, self._vectors.get("final_logits_bias"))
+        return self._last("decoder", x)
+
+    # The vocabulary has too many columns for every program to norm the rows again: both take codes.
+    def logits(self, x: Rows) -> Tensor:
+        """fp32 [R, V] of what `decode` gave."""
+        return int8_matmul(*x.codes, self.vocabulary, self._vectors.get("final_logits_bias"))
+
+    def best_tokens(self, x: Rows, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+        """The k best logits fp32 [R, k], or their log-probabilities, and the tokens."""
+        return best_tokens(*x.codes, self.vocabulary, self._vectors.get("final_logits_bias"), k, normalize)

@@ -1,0 +1,172 @@
+"""The best tokens of each row straight from the vocabulary's product, whose logits are never written.
+
+Problem: at 256 rows the logits of 50,000 tokens are 51 MB, written once and read twice, which takes longer than the
+product. Method: a launch multiplies and keeps of each tile of TILE tokens its largest logit and the sum of exponentials
+(as head.py's `tile_stats`). The k best tokens lie in the k tiles with the largest of those, so a second launch makes
+these tiles again, k * TILE logits of each row, and a third picks from them. The same integers give the same logits:
+exact, with nothing to check. Rules and sampling need every logit and take `int8_matmul`. Rejected: the best two of each
+tile with a check that they suffice (a tile more in the program, a third kernel on a bad day).
+
+Shape suffixes: M rows, N tokens, K width, T tiles, W bytes of a packed row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dqbart_kernels.gpu.decode import BLOCK, plane
+from dqbart_kernels.gpu.head import LARGEST_K, log_sum_exp, pick_best, top_tokens_reference
+from dqbart_kernels.gpu.products import FIELD, Weight, int8_matmul_reference, uses_asm
+
+TILE = 128
+
+
+@triton.jit
+def _logits(
+    a_ptr, a_scale, w_ptr, w_scale_ptr, bias_ptr, m, n, M, N, K, W,
+    BITS: tl.constexpr, FIELD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, SWAP: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """fp32 [BM, BN] as `int8_matmul` makes them; minus infinity past the last token."""
+    PLANES: tl.constexpr = 8 // BITS
+    byte = tl.arange(0, BW)
+    first_k = byte // BLOCK * (BLOCK * PLANES) + byte % BLOCK  # of plane 0
+    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.int32)
+    for step in range(0, tl.cdiv(W, BW)):
+        at = step * BW + byte
+        packed = tl.load(
+            w_ptr + n.to(tl.int64)[:, None] * W + at[None, :], mask=(n < N)[:, None] & (at < W)[None, :], other=0
+        )
+        for i in tl.static_range(PLANES):
+            codes = plane(packed, i, BITS, ASM)
+            k = step * (BW * PLANES) + first_k + i * BLOCK
+            a = tl.load(a_ptr + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)
+            if SWAP:
+                acc = tl.dot(codes, tl.trans(a), acc, out_dtype=tl.int32)
+            else:
+                acc = tl.dot(a, tl.trans(codes), acc, out_dtype=tl.int32)
+    if SWAP:
+        acc = tl.trans(acc)
+    x = (acc >> FIELD).to(tl.float32) * a_scale[:, None]
+    x = x * tl.load(w_scale_ptr + n, mask=n < N, other=0)[None, :]
+    if bias_ptr is not None:
+        x = x + tl.load(bias_ptr + n, mask=n < N, other=0)[None, :]
+    return tl.where((n < N)[None, :], x, float("-inf"))
+
+
+@triton.jit
+def _vocabulary_stats(
+    a_ptr, a_scale_ptr,  # int8 [M, K], fp32 [M]
+    w_ptr, w_scale_ptr, bias_ptr,  # uint8 [N, W], fp32 [N], fp32 [N] or None
+    peak_ptr, sum_ptr,  # fp32 [M, T]
+    M, N, K, W, T,
+    BITS: tl.constexpr, FIELD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, SWAP: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    m, n = tl.program_id(1) * BM + tl.arange(0, BM), tile * BN + tl.arange(0, BN)
+    a_scale = tl.load(a_scale_ptr + m, mask=m < M, other=0)
+    x = _logits(a_ptr, a_scale, w_ptr, w_scale_ptr, bias_ptr, m, n, M, N, K, W, BITS, FIELD, BM, BN, BW, SWAP, ASM)
+    peak = tl.max(x, 1)
+    sums = tl.sum(tl.exp(x - tl.where(peak > float("-inf"), peak, 0.0)[:, None]), 1)
+    sums += tl.sum(tl.where(x != x, x, 0.0), 1)
+    tl.store(peak_ptr + m * T + tile, peak, mask=m < M)
+    tl.store(sum_ptr + m * T + tile, sums, mask=m < M)
+
+
+@triton.jit
+def _best_tiles(
+    a_ptr, a_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, peak_ptr,  # as above
+    logits_ptr,  # fp32 [M, k, TILE]
+    tile_ptr,  # int32 [M, k]
+    M, N, K, W, T,
+    BITS: tl.constexpr, FIELD: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    row, place = tl.program_id(0), tl.program_id(1)
+    tile = tl.arange(0, BT)
+    peaks = tl.load(peak_ptr + row * T + tile, mask=tile < T, other=float("-inf"))
+    left, chosen = tl.where(tile < T, tile, 2147483647), 0
+    for _ in range(0, place + 1):
+        best = tl.max(tl.where(left < 2147483647, peaks, float("-inf")), 0)
+        chosen = tl.min(tl.where(peaks == best, left, 2147483647), 0)
+        left = tl.where(tile == chosen, 2147483647, left)
+    chosen = tl.minimum(chosen, T)  # the one after the last holds nothing
+    m, n = row + tl.arange(0, 1), chosen * BN + tl.arange(0, BN)
+    a_scale = tl.load(a_scale_ptr + m)
+    x = _logits(a_ptr, a_scale, w_ptr, w_scale_ptr, bias_ptr, m, n, M, N, K, W, BITS, FIELD, 1, BN, BW, False, ASM)
+    at = row * tl.num_programs(1) + place
+    tl.store(logits_ptr + at * BN + tl.arange(0, BN)[None, :], x)
+    tl.store(tile_ptr + at, chosen)
+
+
+@triton.jit
+def _pick(
+    logits_ptr, tile_ptr, peak_ptr, sum_ptr,  # as above
+    value_ptr, token_ptr,  # fp32, int32 [M, k]
+    N, T, k, NORMALIZE: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    top, log_sum = log_sum_exp(peak_ptr, sum_ptr, row, T, BT)
+    place, column = tl.arange(0, TILES), tl.arange(0, BN)
+    tile = tl.load(tile_ptr + row * k + place, mask=place < k, other=T)
+    token = tile[:, None] * BN + column[None, :]
+    inside = token < N
+    x = tl.load(logits_ptr + (row * k + place)[:, None] * BN + column[None, :], mask=inside, other=float("-inf"))
+    pick_best(x, token, inside, top, log_sum, value_ptr + row * k, token_ptr + row * k, N, k, NORMALIZE)
+
+
+def best_tokens(
+    a_MK: Tensor, a_scale_M: Tensor, weight: Weight, bias_N: Tensor | None, k: int, normalize: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The k largest logits fp32 [M, k] of int8 rows against the packed vocabulary, best first, and their tokens int32.
+
+    `normalize`: their logarithms of the softmax instead. A row with a NaN gives NaN. Raises `ValueError` for k out of
+    range and for rows that don't fit.
+    """
+    m, n = _check(a_MK, a_scale_M, weight, bias_N, k)
+    w, tiles, device = weight.packed_NW.shape[1], triton.cdiv(n, TILE), a_MK.device
+    peaks, sums = (torch.empty((m, tiles), dtype=torch.float32, device=device) for _ in range(2))
+    logits = torch.empty((m, k, TILE), dtype=torch.float32, device=device)
+    chosen, tokens = (torch.empty((m, k), dtype=torch.int32, device=device) for _ in range(2))
+    values = torch.empty((m, k), dtype=torch.float32, device=device)
+    if m:
+        bm, wide = 16 if m <= 16 else 64, triton.next_power_of_2(tiles)
+        packed = a_MK, a_scale_M, weight.packed_NW, weight.scale_N, bias_N
+        how = dict(BITS=weight.bits, FIELD=FIELD[weight.bits], BN=TILE, BW=64, ASM=uses_asm(device))
+        _vocabulary_stats[(tiles, triton.cdiv(m, bm))](
+            *packed, peaks, sums, m, n, weight.k, w, tiles, BM=bm, SWAP=m > 16, num_warps=4, num_stages=3,
+            enable_fp_fusion=False, **how,
+        )  # fmt: skip
+        _best_tiles[(m, k)](
+            *packed, peaks, logits, chosen, m, n, weight.k, w, tiles, BT=wide, num_warps=4, num_stages=3,
+            enable_fp_fusion=False, **how,
+        )  # fmt: skip
+        _pick[(m,)](
+            logits, chosen, peaks, sums, values, tokens, n, tiles, k, NORMALIZE=normalize,
+            TILES=triton.next_power_of_2(k), BT=wide, BN=TILE, num_warps=8,
+        )  # fmt: skip
+    return values, tokens
+
+
+def best_tokens_reference(
+    a_MK: Tensor, a_scale_M: Tensor, weight: Weight, bias_N: Tensor | None, k: int, normalize: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The same in torch, with all logits."""
+    _check(a_MK, a_scale_M, weight, bias_N, k)
+    return top_tokens_reference(int8_matmul_reference(a_MK, a_scale_M, weight, bias_N), k, normalize)
+
+
+def _check(a_MK: Tensor, a_scale_M: Tensor, weight: Weight, bias_N: Tensor | None, k: int) -> tuple[int, int]:
+    m, n = len(a_MK), weight.n
+    if not 1 <= k <= min(n, LARGEST_K):
+        raise ValueError(f"k {k}: expected 1 to {min(n, LARGEST_K)}")
+    for name, tensor, dtype, shape in (
+        ("rows", a_MK, torch.int8, (m, weight.k)), ("their scales", a_scale_M, torch.float32, (m,)),
+        ("bias", bias_N, torch.float32, (n,)),
+    ):  # fmt: skip
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(f"{name} {tensor.dtype} {list(tensor.shape)}: expected contiguous {dtype} {list(shape)}")
+    return m, n

@@ -1,0 +1,61 @@
+"""The best tokens from the vocabulary's product, against all logits. Interpreted where there is no GPU."""
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+
+from dqbart_kernels.gpu.head import top_tokens  # noqa: E402
+from dqbart_kernels.gpu.products import Weight, int8_matmul  # noqa: E402
+from dqbart_kernels.gpu.vocabulary import best_tokens, best_tokens_reference  # noqa: E402
+from test_gpu_products import DEVICE, random_case  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+@pytest.mark.parametrize(("m", "n", "d", "k"), [(1, 1, 32, 1), (3, 128, 40, 8), (4, 700, 70, 7), (18, 150, 64, 3)])
+def test_as_from_all_logits(bits: int, m: int, n: int, d: int, k: int) -> None:
+    """Logits of few values, so that most are equal to others, within a tile and across tiles."""
+    a, _, weight, _ = random_case(m, n, d, bits)
+    ones = torch.ones(m, device=DEVICE)
+    coarse = Weight(weight.packed_NW, torch.full((n,), 1e-3, device=DEVICE), bits, d)
+    bias = torch.randint(0, 2, (n,), device=DEVICE).float()
+    for scale, matrix in ((ones * 1e-4, coarse), (torch.rand(m, device=DEVICE) * 0.01, weight)):
+        logits = int8_matmul(a, scale, matrix, bias)
+        for normalize in (False, True):
+            found = best_tokens(a, scale, matrix, bias, k, normalize)
+            want = top_tokens(logits, k, normalize)
+            assert torch.equal(found[1], want[1])
+            torch.testing.assert_close(found[0], want[0], rtol=0 if not normalize else 1e-6, atol=1e-6 * normalize)
+            slow = best_tokens_reference(a, scale, matrix, bias, k, normalize)
+            assert torch.equal(found[1], slow[1])
+            torch.testing.assert_close(found[0], slow[0], rtol=1e-5, atol=1e-5)
+
+
+def test_minus_infinity_and_what_is_not_a_number() -> None:
+    """Tokens that a bias forbids never come while others are left; a row that is not finite shows."""
+    a, scale, weight, _ = random_case(2, 300, 64, 2)
+    bias = torch.full((300,), -torch.inf, device=DEVICE)
+    bias[[5, 290]] = 0
+    values, tokens = best_tokens(a, scale, weight, bias, 3, normalize=True)
+    assert {5, 290} == set(tokens[0, :2].tolist()) and values[:, :2].isfinite().all() and (values[:, 2] < -1e30).all()
+    scale[1] = torch.nan
+    values, tokens = best_tokens(a, scale, weight, None, 3)
+    assert values.isnan().all(1).tolist() == [False, True] and ((tokens >= 0) & (tokens < 300)).all()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    a, scale, weight, _ = random_case(2, 300, 64, 2)
+    assert best_tokens(a[:0], scale[:0], weight, None, 3)[0].shape == (0, 3)
+    cases: list[tuple[dict[str, Any], str]] = [
+        (dict(k=0), "k 0: expected 1 to 64"),
+        (dict(k=65), "k 65: expected 1 to 64"),
+        (dict(a_MK=a.float()), r"rows torch.float32 \[2, 64\]: expected contiguous torch.int8 \[2, 64\]"),
+        (dict(bias_N=scale), r"bias torch.float32 \[2\]: expected contiguous torch.float32 \[300\]"),
+    ]
+    for change, words in cases:
+        with pytest.raises(ValueError, match=words):
+            best_tokens(**(dict(a_MK=a, a_scale_M=scale, weight=weight, bias_N=None, k=3) | change))
