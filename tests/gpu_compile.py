@@ -41,8 +41,10 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
     pointers = dict(x="fp32", weight="fp32", bias="fp32", h="fp32", codes="i8", scale="fp32")
     options = dict(num_warps=4, enable_fp_fusion=False)
     pointers_of_attention = dict(q="fp32", k="i8", k_scale="fp32", v="i8", v_scale="fp32", length="i32", out="fp32")
-    for br in (16, 64):
-        yield f"attend {br}", attention._attend, pointers_of_attention, dict(BR=br, BS=64, BD=64), options
+    for br, keys, warps in ((16, 128, 4), (16, 512, 8), (16, 256, 8), (64, 64, 4)):
+        constants = dict(ONCE=keys in (128, 512), BR=br, BS=keys, BD=64)
+        some = dict(num_warps=warps, enable_fp_fusion=False)
+        yield f"attend {br} {keys}", attention._attend, pointers_of_attention, constants, some
     pointers_of_history = dict(
         qkv="fp32", k="i8", v="i8", k_scale="fp32", v_scale="fp32", history="i32", step="i32", out="fp32"
     )
@@ -51,7 +53,7 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
         "quantize_heads",
         attention._quantize_heads,
         dict(x="fp32", codes="i8", scale="fp32"),
-        dict(BS=16, BD=64),
+        dict(TRANSPOSED=True, BS=32, BD=64),
         options,
     )
     yield (

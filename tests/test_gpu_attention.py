@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
+from dqbart_kernels.gpu import attention as attention_kernels  # noqa: E402
 from dqbart_kernels.gpu.attention import (  # noqa: E402
     Cache,
     attend,
@@ -36,13 +37,17 @@ def by_the_torch_engine(q: Any, k: Any, v: Any, heads: int, scaling: float) -> A
 @pytest.mark.parametrize("heads, width", [(1, 8), (3, 64), (2, 80)])
 @pytest.mark.parametrize("rows", [1, 4, 20])
 @pytest.mark.parametrize("sharp", [0.3, 6.0])
-def test_attention_is_the_torch_engine_s_to_the_last_bit(heads: int, width: int, rows: int, sharp: float) -> None:
+@pytest.mark.parametrize("at_once", [1024, 0])
+def test_attention_is_the_torch_engine_s_to_the_last_bit(
+    heads: int, width: int, rows: int, sharp: float, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sources of different lengths in one batch, beside the same sources alone."""
+    monkeypatch.setattr(attention_kernels, "AT_ONCE", at_once)
     torch.manual_seed(rows)
     lengths, n = [1, 130, 64], heads * width
     q = torch.randn(3, rows, n).to(DEVICE) * sharp
     kv = torch.randn(3, 130, 2 * n).to(DEVICE)
-    keys, values = quantize_heads(kv, heads, width), quantize_heads(kv[:, :, n:], heads, width)
+    keys, values = quantize_heads(kv, heads, width), quantize_heads(kv[:, :, n:], heads, width, transposed=True)
     length = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     found = attend(q, keys, values, length, width**-0.5)
     for i, many in enumerate(lengths):
@@ -81,8 +86,9 @@ def test_decoding_reads_the_history_of_each_hypothesis(heads: int, width: int, s
 def test_heads_are_quantized_as_the_contract_says() -> None:
     x = torch.randn(2, 21, 3 * 16 + 5).to(DEVICE)
     x[0, 3] = 0
-    for found, want in zip(quantize_heads(x, 3, 16), quantize_heads_reference(x, 3, 16), strict=True):
-        assert torch.equal(found, want)
+    for transposed in (False, True):
+        pairs = zip(quantize_heads(x, 3, 16, transposed), quantize_heads_reference(x, 3, 16, transposed), strict=True)
+        assert all(torch.equal(found, want) for found, want in pairs)
 
 
 def test_what_is_not_finite_shows() -> None:
@@ -90,21 +96,23 @@ def test_what_is_not_finite_shows() -> None:
     for broken in range(3):
         parts = [x.clone(), x.clone(), x.clone()]
         parts[broken][0, 2, 3] = torch.nan
-        found = attend(parts[0], quantize_heads(parts[1], 1, 32), quantize_heads(parts[2], 1, 32), length, 1.0)
+        values = quantize_heads(parts[2], 1, 32, transposed=True)
+        found = attend(parts[0], quantize_heads(parts[1], 1, 32), values, length, 1.0)
         assert found[0, 2].isnan().any()
 
 
 def test_what_does_not_fit_is_refused() -> None:
     x, length = torch.randn(2, 5, 32).to(DEVICE), torch.tensor([5, 5], dtype=torch.int32, device=DEVICE)
-    keys = quantize_heads(x, 2, 16)
-    other = quantize_heads(x[:, :4].contiguous(), 2, 16)
-    assert attend(x[:, :0], keys, keys, length, 1.0).shape == (2, 0, 32)
+    keys, values = quantize_heads(x, 2, 16), quantize_heads(x, 2, 16, transposed=True)
+    other = quantize_heads(x[:, :4].contiguous(), 2, 16, transposed=True)
+    assert attend(x[:, :0], keys, values, length, 1.0).shape == (2, 0, 32)
     for arguments, words in (
-        ((x.half(), keys, keys, length), r"queries torch.float16 \[2, 5, 32\]: expected fp32 \[B, S, 32 or more\]"),
-        ((x[:, :4], keys, keys, length), "queries with strides .*: expected rows one after the other"),
-        ((x, keys, other, length), r"values torch.int8 \[2, 2, 4, 16\]: expected contiguous int8 \[2, 2, 5, 16\]"),
-        ((x, keys, (keys[0], other[1]), length), r"scales of values .*: expected contiguous fp32 \[2, 2, 5\]"),
-        ((x, keys, keys, length.long()), r"lengths torch.int64 \[2\]: expected 2 sources and int32 \[2\]"),
+        ((x.half(), keys, values, length), r"queries torch.float16 \[2, 5, 32\]: expected fp32 \[B, S, 32 or more\]"),
+        ((x[:, :4], keys, values, length), "queries with strides .*: expected rows one after the other"),
+        ((x, keys, other, length), r"values torch.int8 \[2, 2, 16, 4\]: expected contiguous int8 \[2, 2, 16, 5\]"),
+        ((x, keys, keys, length), r"values torch.int8 \[2, 2, 5, 16\]: expected contiguous int8 \[2, 2, 16, 5\]"),
+        ((x, keys, (values[0], other[1]), length), r"scales of values .*: expected contiguous fp32 \[2, 2, 5\]"),
+        ((x, keys, values, length.long()), r"lengths torch.int64 \[2\]: expected 2 sources and int32 \[2\]"),
     ):
         with pytest.raises(ValueError, match=words):
             attend(*arguments, 1.0)

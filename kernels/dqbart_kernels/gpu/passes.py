@@ -193,7 +193,8 @@ class Passes:
             layer = f"encoder.layers.{step * self.sizes['encoder_layers'] // self.sizes['encoder_steps']}."
             norm = layer + "self_attn_layer_norm"
             qkv = self._start(norm, x).into(self._linear[layer + "self_attn.qkv"]).view(b, s, 3 * d)
-            keys, values = (quantize_heads(qkv[..., i * d :], self.heads, w) for i in (1, 2))
+            keys = quantize_heads(qkv[..., d:], self.heads, w)
+            values = quantize_heads(qkv[..., 2 * d :], self.heads, w, transposed=True)
             mixed = attend(qkv, keys, values, length_B, self.scaling).view(b * s, d)
             x = self._end(norm, Rows(mixed).into(self._linear[layer + "self_attn.out_proj"], x.value))
             x = self._feed_forward(layer, x)
@@ -207,7 +208,7 @@ class Passes:
         for layer in range(self.sizes["decoder_layers"]):
             kv = x.into(self._linear[f"decoder.layers.{layer}.encoder_attn.kv"]).view(b, s, 2 * d)
             keys.append(quantize_heads(kv, self.heads, self.width))
-            values.append(quantize_heads(kv[..., d:], self.heads, self.width))
+            values.append(quantize_heads(kv[..., d:], self.heads, self.width, transposed=True))
         return Sources(keys, values, length_B)
 
     def state(self, rows: int, steps: int) -> State:
