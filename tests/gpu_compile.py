@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from dqbart_kernels.gpu import attention, head, one_shot, products, rows, rules, search, vocabulary, weight_only
+from dqbart_kernels.gpu import (
+    attention,
+    head,
+    history,
+    one_shot,
+    products,
+    rows,
+    rules,
+    search,
+    vocabulary,
+    weight_only,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -48,7 +59,9 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
     pointers_of_history = dict(
         qkv="fp32", k="i8", v="i8", k_scale="fp32", v_scale="fp32", history="i32", step="i32", out="fp32"
     )
-    yield "attend_history", attention._attend_history, pointers_of_history, dict(BT=32, BD=64), options
+    for once in (True, False):
+        constants = dict(ONCE=once, BT=128, BD=64)
+        yield f"history {once}", history._attend_history, pointers_of_history, constants, options
     yield (
         "quantize_heads",
         attention._quantize_heads,

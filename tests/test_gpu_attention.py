@@ -8,14 +8,14 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
 from dqbart_kernels.gpu import attention as attention_kernels  # noqa: E402
+from dqbart_kernels.gpu import history as history_kernels  # noqa: E402
 from dqbart_kernels.gpu.attention import (  # noqa: E402
-    Cache,
     attend,
-    attend_history,
     attend_reference,
     quantize_heads,
     quantize_heads_reference,
 )
+from dqbart_kernels.gpu.history import Cache, attend_history  # noqa: E402
 
 from dqbart.quant.attention import AttentionNumerics, attention  # noqa: E402
 
@@ -57,9 +57,12 @@ def test_attention_is_the_torch_engine_s_to_the_last_bit(
     torch.testing.assert_close(found, near, rtol=1e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("heads, width, steps", [(2, 16, 5), (1, 64, 70)])
-def test_decoding_reads_the_history_of_each_hypothesis(heads: int, width: int, steps: int) -> None:
+@pytest.mark.parametrize("heads, width, steps, at_once", [(2, 16, 5, 128), (1, 64, 40, 128), (1, 16, 37, 16)])
+def test_decoding_reads_the_history_of_each_hypothesis(
+    heads: int, width: int, steps: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beams that jump between rows: against attention over the keys and values that each one really wrote."""
+    monkeypatch.setattr(history_kernels, "AT_ONCE", at_once)
     torch.manual_seed(steps)
     rows, n = 3, heads * width
     cache = Cache.of(steps + 2, rows, heads, width, DEVICE)

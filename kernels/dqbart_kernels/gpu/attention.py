@@ -14,8 +14,6 @@ keys.
 Shape suffixes: B sources, R query rows of each, S keys, H heads, D head width.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -61,7 +59,7 @@ def _scores(q, q_scale, k_ptr, k_scale_ptr, start, length, D, scaling, BS: tl.co
 
 
 @triton.jit
-def _fixed(e):
+def fixed(e):
     """The parts of a sum of exponentials as whole numbers of 2^-30, fp32 to int64."""
     return (e * 1073741824.0).to(tl.int32).to(tl.int64)
 
@@ -74,7 +72,7 @@ def _weights(e, v_scale_ptr, start, length, BS: tl.constexpr):
 
 
 @triton.jit
-def _inverse(top):
+def inverse_of(top):
     return tl.div_rn(1.0, tl.maximum(top, 1e-37)) * LARGEST  # rows beyond the last have no top
 
 
@@ -112,10 +110,10 @@ def _attend(
     if ONCE:  # all keys in registers
         scores = _scores(q, q_scale, k_ptr, k_scale_ptr, 0, length, D, scaling, BS, BD)
         e = exponential(scores - tl.max(scores, 1)[:, None])
-        total = tl.sum(_fixed(e), 1)
+        total = tl.sum(fixed(e), 1)
         weights = _weights(e, v_scale_ptr, 0, length, BS)
         top, strange = tl.max(weights, 1), tl.sum(weights * 0.0, 1)  # strange: 0, or NaN where something is not finite
-        high, low = _mix(weights, _inverse(top), v_ptr, high, low, 0, S, length, D, BS, BD)
+        high, low = _mix(weights, inverse_of(top), v_ptr, high, low, 0, S, length, D, BS, BD)
     else:
         peak = tl.full((BR,), float("-inf"), tl.float32)
         for start in range(0, length, BS):
@@ -125,11 +123,11 @@ def _attend(
         for start in range(0, length, BS):
             scores = _scores(q, q_scale, k_ptr, k_scale_ptr, start, length, D, scaling, BS, BD)
             e = exponential(scores - peak[:, None])
-            total += tl.sum(_fixed(e), 1)
+            total += tl.sum(fixed(e), 1)
             weights = _weights(e, v_scale_ptr, start, length, BS)
             top = tl.maximum(top, tl.max(weights, 1))
             strange += tl.sum(weights * 0.0, 1)
-        inverse = _inverse(top)
+        inverse = inverse_of(top)
         for start in range(0, length, BS):
             scores = _scores(q, q_scale, k_ptr, k_scale_ptr, start, length, D, scaling, BS, BD)
             weights = _weights(exponential(scores - peak[:, None]), v_scale_ptr, start, length, BS)
@@ -137,88 +135,6 @@ def _attend(
     factor = top.to(tl.float64) * (1073741824.0 / LARGEST) / total.to(tl.float64)
     out = (high.to(tl.float64) * 256 + low.to(tl.float64)) * (factor + strange.to(tl.float64))[:, None]
     tl.store(out_ptr + ((b * R + r) * H + h)[:, None] * D + d[None, :], out.to(tl.float32), mask=inside)
-
-
-@triton.jit
-def _attend_history(
-    qkv_ptr,  # fp32 [R, ldx]: q, k, v of this step, each [H, D]
-    k_ptr, v_ptr,  # int8 [T, R, H, D]: what each row wrote at each step; this step's place is written here
-    k_scale_ptr, v_scale_ptr,  # fp32 [T, R, H]
-    history_ptr,  # int32 [R, T]: the row that wrote a hypothesis' token of an earlier step
-    step_ptr,  # int32 [1]
-    out_ptr,  # fp32 [R, H D]
-    R, T, H, D, ldx, scaling, BT: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    r, h, step = tl.program_id(0), tl.program_id(1), tl.load(step_ptr)
-    d = tl.arange(0, BD)
-    x = qkv_ptr + r * ldx + (tl.arange(0, 4)[:, None] * H + h) * D + d[None, :]  # q, k, v and nothing
-    codes, scale = quantize_rows(tl.load(x, mask=(tl.arange(0, 4) < 3)[:, None] & (d < D)[None, :], other=0))
-    q, own_k, own_v = _row(codes, 0), _row(codes, 1), _row(codes, 2)
-    q_scale, own_k_scale, own_v_scale = _item(scale, 0), _item(scale, 1), _item(scale, 2)
-    place = (step * R + r).to(tl.int64) * H + h
-    tl.store(k_ptr + place * D + d, own_k.to(tl.int8), mask=d < D)
-    tl.store(v_ptr + place * D + d, own_v.to(tl.int8), mask=d < D)
-    tl.store(k_scale_ptr + place, own_k_scale)
-    tl.store(v_scale_ptr + place, own_v_scale)
-
-    # Three passes, as _attend; this step's own key is in registers, since what was just stored may not be seen yet.
-    peak = tl.full((), float("-inf"), tl.float32)
-    for start in range(0, step + 1, BT):
-        scores, _ = _history_scores(q, q_scale, own_k, own_k_scale, k_ptr, k_scale_ptr, history_ptr, start, step, r, h,
-                                    R, T, H, D, scaling, BT, BD)  # fmt: skip
-        peak = tl.maximum(peak, tl.max(scores, 0))
-    total, top, strange = tl.zeros((), tl.int64), tl.zeros((), tl.float32), tl.zeros((), tl.float32)
-    for start in range(0, step + 1, BT):
-        scores, at = _history_scores(q, q_scale, own_k, own_k_scale, k_ptr, k_scale_ptr, history_ptr, start, step, r, h,
-                                     R, T, H, D, scaling, BT, BD)  # fmt: skip
-        key = start + tl.arange(0, BT)
-        e = exponential(scores - peak)
-        total += tl.sum(_fixed(e), 0)
-        weights = e * tl.where(key == step, own_v_scale, tl.load(v_scale_ptr + at, mask=key < step, other=0))
-        top = tl.maximum(top, tl.max(weights, 0))
-        strange += tl.sum(weights * 0.0, 0)
-    inverse = _inverse(top)
-    mixed = tl.zeros((BD,), tl.float64)
-    for start in range(0, step + 1, BT):
-        scores, at = _history_scores(q, q_scale, own_k, own_k_scale, k_ptr, k_scale_ptr, history_ptr, start, step, r, h,
-                                     R, T, H, D, scaling, BT, BD)  # fmt: skip
-        key = start + tl.arange(0, BT)
-        e = exponential(scores - peak)
-        weights = e * tl.where(key == step, own_v_scale, tl.load(v_scale_ptr + at, mask=key < step, other=0))
-        weight_codes = ((weights * inverse + 12582912.0) - 12582912.0).to(tl.int32)
-        v = tl.load(v_ptr + at[:, None] * D + d[None, :], mask=(key < step)[:, None] & (d < D)[None, :], other=0)
-        v = tl.where((key == step)[:, None], own_v[None, :], v.to(tl.int32))
-        mixed += tl.sum(weight_codes[:, None] * v, 0).to(tl.float64)  # BT keys: below 2^31
-    factor = top.to(tl.float64) * (1073741824.0 / LARGEST) / total.to(tl.float64) + strange.to(tl.float64)
-    tl.store(out_ptr + (r * H + h) * D + d, (mixed * factor).to(tl.float32), mask=d < D)
-
-
-@triton.jit
-def _row(codes, INDEX: tl.constexpr):
-    """One of four rows of codes, as int32."""
-    rows = tl.arange(0, 4)
-    return tl.sum(tl.where((rows == INDEX)[:, None], codes.to(tl.int32), 0), 0)
-
-
-@triton.jit
-def _item(scale, INDEX: tl.constexpr):
-    return tl.sum(tl.where(tl.arange(0, 4) == INDEX, scale, 0.0), 0)
-
-
-@triton.jit
-def _history_scores(
-    q, q_scale, own_k, own_k_scale, k_ptr, k_scale_ptr, history_ptr, start, step, r, h, R, T, H, D, scaling,
-    BT: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """fp32 [BT] of the steps from `start` on, minus infinity past this one; and their places in the cache."""
-    key, d = start + tl.arange(0, BT), tl.arange(0, BD)
-    wrote = tl.load(history_ptr + r * T + key, mask=key < step, other=0)
-    at = (key * R + wrote).to(tl.int64) * H + h
-    k = tl.load(k_ptr + at[:, None] * D + d[None, :], mask=(key < step)[:, None] & (d < D)[None, :], other=0)
-    k = tl.where((key == step)[:, None], own_k[None, :], k.to(tl.int32))
-    k_scale = tl.where(key == step, own_k_scale, tl.load(k_scale_ptr + at, mask=key < step, other=0))
-    scores = tl.sum(k * q[None, :], 1).to(tl.float32) * q_scale * k_scale * scaling
-    return tl.where(key <= step, scores, float("-inf")), at
 
 
 def quantize_heads(x_BSN: Tensor, heads: int, width: int, transposed: bool = False) -> Heads:
@@ -263,41 +179,6 @@ def attend(q_BRN: Tensor, keys: Heads, values: Heads, length_B: Tensor, scaling:
             q_BRN, *keys, *values, length_B, out, rows, s, heads, width, row, scaling, ONCE=once, BR=16 if few else 64,
             BS=bs, BD=_wide(width), num_warps=8 if bs > 128 else 4, enable_fp_fusion=False,
         )  # fmt: skip
-    return out
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Self-attention's keys and values: what each row wrote at each step."""
-
-    k: Tensor  # int8 [T, R, H, D]
-    v: Tensor
-    k_scale: Tensor  # fp32 [T, R, H]
-    v_scale: Tensor
-
-    @classmethod
-    def of(cls, steps: int, rows: int, heads: int, width: int, device: torch.device | str) -> "Cache":
-        k, v = (torch.zeros((steps, rows, heads, width), dtype=torch.int8, device=device) for _ in range(2))
-        return cls(k, v, *(torch.zeros((steps, rows, heads), device=device) for _ in range(2)))
-
-
-def attend_history(qkv_RN: Tensor, cache: Cache, history_RT: Tensor, step: Tensor, scaling: float) -> Tensor:
-    """fp32 [R, H D]: one step of self-attention, which is written to the cache at `step` (int32 [1]) too.
-
-    `history_RT[r, t]`: the row that wrote row r's token of step t, for t before `step`. A hypothesis moves between rows
-    by copying its history, never its keys.
-    """
-    steps, rows, heads, width = cache.k.shape
-    if qkv_RN.dim() != 2 or len(qkv_RN) != rows or qkv_RN.shape[1] != 3 * heads * width or qkv_RN.stride(1) != 1:
-        raise ValueError(f"projection {list(qkv_RN.shape)}: expected [{rows}, {3 * heads * width}]")
-    for name, tensor, shape in (("history", history_RT, [rows, steps]), ("step", step, [1])):
-        if tensor.dtype != torch.int32 or list(tensor.shape) != shape or not tensor.is_contiguous():
-            raise ValueError(f"{name} {tensor.dtype} {list(tensor.shape)}: expected contiguous int32 {shape}")
-    out = torch.empty((rows, heads * width), dtype=torch.float32, device=qkv_RN.device)
-    _attend_history[(rows, heads)](
-        qkv_RN, cache.k, cache.v, cache.k_scale, cache.v_scale, history_RT, step, out, rows, steps, heads, width,
-        qkv_RN.stride(0), scaling, BT=32, BD=triton.next_power_of_2(width), num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
     return out
 
 

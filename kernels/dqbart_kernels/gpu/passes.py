@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dqbart_kernels.gpu.attention import Cache, Heads, attend, attend_history, quantize_heads
+from dqbart_kernels.gpu.attention import Heads, attend, quantize_heads
+from dqbart_kernels.gpu.history import Cache, attend_history
 from dqbart_kernels.gpu.one_shot import fits, one_shot_matmul
 from dqbart_kernels.gpu.products import Weight, int8_matmul
 from dqbart_kernels.gpu.rows import embed, norm_and_quantize
