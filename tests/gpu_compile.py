@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from dqbart_kernels.gpu import attention, head, products, rows, rules, search
+from dqbart_kernels.gpu import attention, head, products, quantize, rows, rules, search
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
 }  # fmt: skip
-FLOATS = dict.fromkeys(("eps", "embed_scale", "scaling"), "fp32")  # arguments; the others are pointers and sizes
+FLOATS = dict.fromkeys(
+    ("eps", "embed_scale", "scaling", "clip"), "fp32"
+)  # arguments; the others are pointers and sizes
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -79,6 +81,15 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
     for bits in (8, 2):
         yield f"embed bits {bits}", rows._embed, table | pointers, dict(BITS=bits, BD=1024), options
     yield "norm_and_quantize", rows._norm_and_quantize, pointers, dict(BD=1024), options
+    for bits in (8, 4, 2, 1):
+        for width, kind, clip in ((64, "fp32", {}), (1024, "bf16", {}), (8192, "fp32", {"clip": None})):
+            name, result = ("fake", {"values": kind}) if width == 64 else ("codes", {"codes": "i8"})
+            constants = dict(BITS=bits, QMAX=float(quantize.QMAX[bits]), BM=max(1, 2048 // width), BK=width, **clip)
+            options = dict(num_warps=min(16, max(4, width // 512)), enable_fp_fusion=False)
+            types = dict(x=kind, scale="fp32", **result)
+            yield f"training {name} bits {bits} width {width}", quantize._quantize, types, constants, options
+    types = dict(grad="fp32", x="bf16", out="fp32")
+    yield "training straight_through", quantize._straight_through, types, dict(BLOCK=1024), dict(num_warps=4)
 
 
 def build(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], target: GPUTarget, options: Any) -> Any:

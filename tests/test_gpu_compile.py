@@ -72,3 +72,12 @@ def test_rules_and_search(made: list[dict[str, Any]]) -> None:
     found = [row for row in made if row["kernel"].startswith(("rules", "search"))]
     assert len(found) == 4 and not any(row["spills"] for row in found), found
     assert all(row["target"] == "gfx942" or row["registers"] <= 128 for row in found), found
+
+
+def test_training(made: list[dict[str, Any]]) -> None:
+    found = [row for row in made if row["kernel"].startswith("training")]
+    assert len(found) == 13 and not any(row["spills"] for row in found), found
+    for row in found:
+        if row["target"] != "gfx942":
+            assert row["registers"] <= 128, row
+            assert row["instructions"] <= 1000, row
