@@ -36,8 +36,9 @@ def pair(
     kind: str = "bart",
     quantize: str | None = "2-2-8",
     deep: tuple[int, int] = (6, 6),
+    **changes: Any,
 ) -> tuple[Any, Any, Objective]:
-    teacher = tiny_seq2seq(kind, *deep)
+    teacher = tiny_seq2seq(kind, *deep, **changes)
     student = make_student(teacher, Layers(layers)).eval()
     use_attention(teacher)
     use_attention(student)

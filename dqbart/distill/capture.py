@@ -67,6 +67,23 @@ def forward_with_attention(
     return output, maps
 
 
-def no_grad_autocast(enabled: bool, device: torch.device) -> Any:
-    """bf16 autocast for the teacher's forward: Trainer only wraps the student's."""
+@contextmanager
+def without_logits(model: Any, wanted: bool = True) -> Iterator[list[Tensor]]:
+    """During the block `model` makes empty logits [B, 0, V]; what its head would have taken is put into the list."""
+    taken: list[Tensor] = []
+
+    def take(head: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        taken.append(inputs[0])
+        return (inputs[0][:, :0],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(take) if wanted else None
+    try:
+        yield taken
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def autocast(enabled: bool, device: torch.device) -> Any:
+    """bf16 autocast for what runs beside the student's forward, which is all that Trainer wraps."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

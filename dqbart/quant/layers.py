@@ -13,6 +13,8 @@ hooks, so a student checkpoint stays an ordinary transformers checkpoint.
 """
 
 import fnmatch
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -39,7 +41,18 @@ class QuantizedWeight:
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
+        self._fixed = False
         self.clear()
+
+    @contextmanager
+    def fixed(self) -> Iterator[None]:
+        """No step happens during the block: with gradient too, codes are kept."""
+        self._fixed = True
+        try:
+            yield
+        finally:
+            self._fixed = False
+            self.clear()
 
     def clear(self) -> None:
         self._seen: tuple[Tensor, int] | None = None  # holds the storage, so that no other one gets its address
@@ -48,7 +61,7 @@ class QuantizedWeight:
 
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """int8 codes [N, K] and fp32 scale [N, 1] or [1, 1]."""
-        if torch.is_grad_enabled() and weight.requires_grad:
+        if torch.is_grad_enabled() and weight.requires_grad and not self._fixed:
             self.clear()
             return self.quantizer.quantize(weight.detach())
         if not self._is_seen(weight) or self._codes is None:
