@@ -110,8 +110,8 @@ def test_when(monkeypatch: pytest.MonkeyPatch) -> None:
     """By default only on GPUs and where logits are large; never the paper's losses, which count padding."""
     labels = torch.zeros(2, 5, dtype=torch.long)
     assert not plain(Recipe())._in_chunks(labels, 1 << 40)
-    assert plain(Recipe())._in_chunks(labels.to("meta"), objective.CHUNKED_ABOVE // 10 + 1)
-    assert not plain(Recipe())._in_chunks(labels.to("meta"), objective.CHUNKED_ABOVE // 10)
+    assert plain(Recipe())._in_chunks(labels.to("meta"), objective.LARGE // 10 + 1)
+    assert not plain(Recipe())._in_chunks(labels.to("meta"), objective.LARGE // 10)
     only_hidden = LossWeights(**{name: float(name == "encoder_hidden") for name in asdict(LossWeights())})
     for recipe in (PAPER, Recipe(losses=only_hidden)):
         made = plain(recipe)

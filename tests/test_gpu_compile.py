@@ -81,3 +81,13 @@ def test_training(made: list[dict[str, Any]]) -> None:
         if row["target"] != "gfx942":
             assert row["registers"] <= 128, row
             assert row["instructions"] <= 1000, row
+
+
+def test_attention_maps(made: list[dict[str, Any]]) -> None:
+    found = [row for row in made if row["kernel"].startswith("maps")]
+    assert len(found) == 9
+    for row in found:
+        assert row["matrix"], row
+        if row["target"] != "gfx942":  # not tuned yet, as attention
+            assert row["spills"] <= (24 if "fp32" in row["kernel"] else 0) and row["registers"] <= 255, row
+            assert row["instructions"] <= 5000, row

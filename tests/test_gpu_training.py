@@ -9,6 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
 from dqbart_kernels.gpu import quantize as kernels  # noqa: E402
+from test_objective import ALL, PAPER, batch_of, pair  # noqa: E402
 from tiny_models import tiny_seq2seq, token_batch  # noqa: E402
 
 from dqbart.quant import quantizers  # noqa: E402
@@ -152,3 +153,21 @@ def test_a_training_step_with_and_without(bits: str, monkeypatch: pytest.MonkeyP
     assert len(found[0]) > 20
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bart", "mbart"])
+@pytest.mark.parametrize("bits", [None, "2-2-8"])
+def test_attention_losses_with_and_without_maps(kind: str, bits: str | None) -> None:
+    student, teacher, objective = pair(ALL, "2-1", kind, bits, deep=(3, 2))
+    student.to(DEVICE)
+    teacher.to(DEVICE)
+    batch = {name: tensor.to(DEVICE) for name, tensor in batch_of([8, 3, 5], [6, 2, 4]).items()}
+    found = []
+    for objective.mapless in (False, True):
+        total, terms, _ = objective(student, teacher, batch)
+        gradients = torch.autograd.grad(total, list(student.parameters()), allow_unused=True)
+        found.append((total.detach(), {name: float(term.detach()) for name, term in terms.items()}, gradients))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+    paper = pair(PAPER, "2-1", deep=(3, 2))[2]
+    paper.mapless = True
+    assert not paper._is_mapless(batch, 4)

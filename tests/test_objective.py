@@ -146,9 +146,9 @@ def test_weight_zero_leaves_a_term_out(left_out: str, monkeypatch: pytest.Monkey
     asked: list[tuple[set[str], bool]] = []
     forward = module.forward_with_attention
 
-    def spy(model: Any, inputs: Any, kinds: set[str], *, hidden: bool, modules_of: Any = None) -> Any:
+    def spy(model: Any, *, kinds: set[str], hidden: bool, **more: Any) -> Any:
         asked.append((kinds, hidden))
-        return forward(model, inputs, kinds, hidden=hidden, modules_of=modules_of)
+        return forward(model, kinds=kinds, hidden=hidden, **more)
 
     monkeypatch.setattr(module, "forward_with_attention", spy)
     batch = batch_of([8, 3], [6, 4])
