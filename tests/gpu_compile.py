@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from dqbart_kernels.gpu import (
     attention,
+    attention_mse,
     head,
     history,
     one_shot,
     products,
+    quantize,
     rows,
     rules,
     search,
@@ -30,7 +33,9 @@ from triton.compiler import ASTSource
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
 }  # fmt: skip
-FLOATS = dict.fromkeys(("eps", "embed_scale", "scaling"), "fp32")  # arguments; the others are pointers and sizes
+FLOATS = dict.fromkeys(
+    ("eps", "embed_scale", "scaling", "clip"), "fp32"
+)  # arguments; the others are pointers and sizes
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -117,6 +122,24 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
         some = dict(num_warps=warps, num_stages=3)
         yield f"weight_only_matmul {bm}", weight_only._weight_only_matmul, types, constants, some
     yield "norm_and_quantize", rows._norm_and_quantize, pointers, dict(BD=1024), options
+    for bits in (8, 4, 2, 1):
+        for width, kind, clip in ((64, "fp32", {}), (1024, "bf16", {}), (8192, "fp32", {"clip": None})):
+            name, result = ("fake", {"values": kind}) if width == 64 else ("codes", {"codes": "i8"})
+            constants = dict(BITS=bits, QMAX=float(quantize.QMAX[bits]), BM=max(1, 2048 // width), BK=width, **clip)
+            options = dict(num_warps=min(16, max(4, width // 512)), enable_fp_fusion=False)
+            types = dict(x=kind, scale="fp32", **result)
+            yield f"training {name} bits {bits} width {width}", quantize._quantize, types, constants, options
+    for kind, causal in (("fp32", False), ("bf16", False), ("bf16", True)):
+        types = dict.fromkeys(("q", "k", "teacher_q", "teacher_k", "gradient"), kind)
+        types |= dict.fromkeys(("sum", "teacher_sum", "error", "delta", "factor"), "fp32")
+        types |= dict(query_mask="u8", key_mask="u8")
+        options = attention_mse.launch_options(torch.float32 if kind == "fp32" else torch.bfloat16, 64, hip=False)
+        constants = dict(CAUSAL=causal, TILE=options.pop("TILE"), PRECISION=options.pop("PRECISION"), BD=64, BE=64)
+        for kernel in (attention_mse._forward, attention_mse._backward_queries, attention_mse._backward_keys):
+            name = f"maps{kernel.__name__} {kind}{' causal' * causal}"
+            yield name, kernel, types, constants, options
+    types = dict(grad="fp32", x="bf16", out="fp32")
+    yield "training straight_through", quantize._straight_through, types, dict(BLOCK=1024), dict(num_warps=4)
 
 
 def build(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], target: GPUTarget, options: Any) -> Any:
@@ -126,6 +149,8 @@ def build(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], targ
     constants = constants | {name: None for name in names if name.endswith("_ptr") and name not in types}
     if "ASM" in names:
         constants = constants | {"ASM": target.backend == "cuda"}
+    if "PRECISION" in constants and target.backend == "hip":
+        constants = constants | {"PRECISION": "ieee"}
     signature = {name: "constexpr" if name in constants else types.get(name, FLOATS.get(name, "i32")) for name in names}
     whole = [["tt.divisibility", 16]]
     attributes = {(i,): whole for i, name in enumerate(names) if name not in constants and name not in ("M", *FLOATS)}

@@ -90,3 +90,22 @@ def test_rules_and_search(made: list[dict[str, Any]]) -> None:
     found = [row for row in made if row["kernel"].startswith(("rules", "search"))]
     assert len(found) == 4 and not any(row["spills"] for row in found), found
     assert all(row["target"] == "gfx942" or row["registers"] <= 128 for row in found), found
+
+
+def test_training(made: list[dict[str, Any]]) -> None:
+    found = [row for row in made if row["kernel"].startswith("training")]
+    assert len(found) == 13 and not any(row["spills"] for row in found), found
+    for row in found:
+        if row["target"] != "gfx942":
+            assert row["registers"] <= 128, row
+            assert row["instructions"] <= 1000, row
+
+
+def test_attention_maps(made: list[dict[str, Any]]) -> None:
+    found = [row for row in made if row["kernel"].startswith("maps")]
+    assert len(found) == 9
+    for row in found:
+        assert row["matrix"], row
+        if row["target"] != "gfx942":  # not tuned yet, as attention
+            assert row["spills"] <= (24 if "fp32" in row["kernel"] else 0) and row["registers"] <= 255, row
+            assert row["instructions"] <= 5000, row

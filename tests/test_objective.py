@@ -36,8 +36,9 @@ def pair(
     kind: str = "bart",
     quantize: str | None = "2-2-8",
     deep: tuple[int, int] = (6, 6),
+    **changes: Any,
 ) -> tuple[Any, Any, Objective]:
-    teacher = tiny_seq2seq(kind, *deep)
+    teacher = tiny_seq2seq(kind, *deep, **changes)
     student = make_student(teacher, Layers(layers)).eval()
     use_attention(teacher)
     use_attention(student)
@@ -145,9 +146,9 @@ def test_weight_zero_leaves_a_term_out(left_out: str, monkeypatch: pytest.Monkey
     asked: list[tuple[set[str], bool]] = []
     forward = module.forward_with_attention
 
-    def spy(model: Any, inputs: Any, kinds: set[str], *, hidden: bool, modules_of: Any = None) -> Any:
+    def spy(model: Any, *, kinds: set[str], hidden: bool, **more: Any) -> Any:
         asked.append((kinds, hidden))
-        return forward(model, inputs, kinds, hidden=hidden, modules_of=modules_of)
+        return forward(model, kinds=kinds, hidden=hidden, **more)
 
     monkeypatch.setattr(module, "forward_with_attention", spy)
     batch = batch_of([8, 3], [6, 4])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dqbart.quant.attention import AttentionRecord, listening
 
+Keep = Callable[[AttentionRecord], Any]
 Kind = Literal["encoder_attention", "decoder_attention", "cross_attention"]
 
 
@@ -30,15 +31,15 @@ def attention_kinds(model: Any) -> dict[int, Kind]:
 
 @contextmanager
 def capture_attention(
-    model: Any, wanted: set[str], keep: Callable[[AttentionRecord], Tensor] = lambda r: r.probabilities
-) -> Iterator[dict[str, list[Tensor]]]:
+    model: Any, wanted: set[str], keep: Keep = lambda r: r.probabilities
+) -> Iterator[dict[str, list[Any]]]:
     """Collect `keep(record)` of the wanted kinds during the block, in call order.
 
     The model must use our attention (`dqbart.quant.attention.use_attention`). Replays by activation
     checkpointing run under autograd's backward, after the block, so they are not seen twice.
     """
     kinds = attention_kinds(model)
-    found: dict[str, list[Tensor]] = {kind: [] for kind in wanted}
+    found: dict[str, list[Any]] = {kind: [] for kind in wanted}
 
     def listen(record: AttentionRecord) -> None:
         kind = kinds.get(id(record.module))
@@ -53,20 +54,43 @@ def capture_attention(
 
 
 def forward_with_attention(
-    model: Any, inputs: dict[str, Tensor], kinds: set[str], *, hidden: bool, modules_of: Any = None
-) -> tuple[Any, dict[str, list[Tensor]]]:
-    """Run a seq2seq model; returns its output and the captured attention maps.
+    model: Any,
+    inputs: dict[str, Tensor],
+    kinds: set[str],
+    *,
+    hidden: bool,
+    modules_of: Any = None,
+    keep: Keep = lambda r: r.probabilities,
+) -> tuple[Any, dict[str, list[Any]]]:
+    """Run a seq2seq model; returns its output and the captured attention maps, or what else `keep` takes of a record.
 
     `modules_of`: the bare model, where `model` is a wrapper (DistributedDataParallel) around it.
     Raises `ValueError` for a model that does not use our attention.
     """
-    with capture_attention(model if modules_of is None else modules_of, kinds) as maps:
+    with capture_attention(model if modules_of is None else modules_of, kinds, keep) as maps:
         output = model(**inputs, output_hidden_states=hidden, use_cache=False)
     if not all(maps.values()):
         raise ValueError("no attention was seen: call dqbart.quant.attention.use_attention(model) first")
     return output, maps
 
 
-def no_grad_autocast(enabled: bool, device: torch.device) -> Any:
-    """bf16 autocast for the teacher's forward: Trainer only wraps the student's."""
+@contextmanager
+def without_logits(model: Any, wanted: bool = True) -> Iterator[list[Tensor]]:
+    """During the block `model` makes empty logits [B, 0, V]; what its head would have taken is put into the list."""
+    taken: list[Tensor] = []
+
+    def take(head: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        taken.append(inputs[0])
+        return (inputs[0][:, :0],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(take) if wanted else None
+    try:
+        yield taken
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def autocast(enabled: bool, device: torch.device) -> Any:
+    """bf16 autocast for what runs beside the student's forward, which is all that Trainer wraps."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

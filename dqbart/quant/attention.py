@@ -50,6 +50,16 @@ class AttentionRecord:
     value: Tensor
     scores: Tensor  # before the softmax, mask added
     probabilities: Tensor  # after the softmax, before dropout and quantization
+    scaling: float = 1.0
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """q and k as training multiplies them, quantized where integer numerics ask for it, and the scaling."""
+        q, k = self.query, self.key
+        if getattr(self.module, "attention_numerics", None) is not None:
+            q, k = _ROW.fake(q), _ROW.fake(k)
+        if torch.is_autocast_enabled(q.device.type):
+            q, k = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k))
+        return q, k, self.scaling
 
 
 _listener: ContextVar[Callable[[AttentionRecord], None] | None] = ContextVar("listener", default=None)
@@ -102,7 +112,7 @@ def attention(
         total = (parts * 2.0**30).to(torch.int32).sum(-1, keepdim=True, dtype=torch.int64).double()
         probabilities = (parts * (2.0**30 / total).float()).to(scores.dtype)
     if (listener := _listener.get()) is not None:
-        listener(AttentionRecord(module, query, key, value, scores, probabilities))
+        listener(AttentionRecord(module, query, key, value, scores, probabilities, scaling))
     weights = F.dropout(probabilities, p=dropout, training=module.training)
 
     if settings is None:

@@ -13,6 +13,8 @@ hooks, so a student checkpoint stays an ordinary transformers checkpoint.
 """
 
 import fnmatch
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -39,7 +41,18 @@ class QuantizedWeight:
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
+        self._fixed = False
         self.clear()
+
+    @contextmanager
+    def fixed(self) -> Iterator[None]:
+        """No step happens during the block: with gradient too, codes are kept."""
+        self._fixed = True
+        try:
+            yield
+        finally:
+            self._fixed = False
+            self.clear()
 
     def clear(self) -> None:
         self._seen: tuple[Tensor, int] | None = None  # holds the storage, so that no other one gets its address
@@ -48,7 +61,7 @@ class QuantizedWeight:
 
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """int8 codes [N, K] and fp32 scale [N, 1] or [1, 1]."""
-        if torch.is_grad_enabled() and weight.requires_grad:
+        if torch.is_grad_enabled() and weight.requires_grad and not self._fixed:
             self.clear()
             return self.quantizer.quantize(weight.detach())
         if not self._is_seen(weight) or self._codes is None:
@@ -131,10 +144,15 @@ def integer_linear(
     x_MK: Tensor, operand: PreparedWeight, scale_N1: Tensor, bias_N: Tensor | None, quantizer: Quantizer
 ) -> Tensor:
     """The contract's product, without gradient: packed modules and evaluation both run this."""
-    a_MK, scale_M1 = quantizer.quantize_float(x_MK)
+    a_MK, scale_M1 = _quantize_input(x_MK, quantizer)
     with without_autocast(x_MK.device):
         acc_MN = operand.matmul(a_MK)
     return _finish(acc_MN, scale_M1, scale_N1, bias_N).to(x_MK.dtype)
+
+
+def _quantize_input(x_MK: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
+    """Codes in the type that the product takes on this device without a copy, and the scale."""
+    return quantizer.quantize(x_MK) if x_MK.is_cuda else quantizer.quantize_float(x_MK)
 
 
 def _finish(acc_MN: Tensor, scale_M1: Tensor, scale_N1: Tensor, bias_N: Tensor | None) -> Tensor:
@@ -150,11 +168,14 @@ class _IntegerLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None, codes_NK: Tensor, scale_N1: Tensor, q: Quantizer
     ) -> Tensor:
-        a_MK, scale_M1 = q.quantize_float(x_MK)
+        a_MK, scale_M1 = _quantize_input(x_MK, q)
         with without_autocast(x_MK.device):
             acc_MN = float_matmul(a_MK, codes_NK)
         ctx.save_for_backward(a_MK.to(torch.int8), scale_M1, codes_NK, scale_N1)
         ctx.dtypes = x_MK.dtype, w_NK.dtype
+        # Gradients on a GPU as autocast would have them for a float layer: in half precision, which holds every code.
+        half = x_MK.is_cuda and torch.is_autocast_enabled("cuda")
+        ctx.product = torch.get_autocast_dtype("cuda") if half else torch.float32
         return _finish(acc_MN, scale_M1, scale_N1, bias_N).to(x_MK.dtype)
 
     @staticmethod
@@ -165,9 +186,9 @@ class _IntegerLinear(torch.autograd.Function):
         grad_MN = grad_MN.float()
         dx = dw = db = None
         if need_x:
-            dx = ((grad_MN * scale_N1.T) @ codes_NK.float()).to(x_dtype)
+            dx = ((grad_MN * scale_N1.T).to(ctx.product) @ codes_NK.to(ctx.product)).to(x_dtype)
         if need_w:
-            dw = ((grad_MN * scale_M1).T @ a_MK.float()).to(w_dtype)
+            dw = ((grad_MN * scale_M1).T.to(ctx.product) @ a_MK.to(ctx.product)).to(w_dtype)
         if need_bias:
             db = grad_MN.sum(0)
         return dx, dw, db, None, None, None

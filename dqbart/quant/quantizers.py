@@ -11,8 +11,13 @@ engines multiply it, so a packed model equals its trained student by constructio
 `granularity` says what shares a scale: "row" (the last dimension: an output feature of `nn.Linear.weight`, a token of
 an embedding or of an activation) or "tensor". DQ-BART uses "tensor" for linear weights and activations; that makes a
 result depend on its batch mates, which is why "row" is ours. All arithmetic is fp32, whatever comes in.
+
+On GPUs one Triton kernel does what is a chain of operators here (dqbart_kernels/gpu/quantize.py, held to this file).
 """
 
+import functools
+import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +32,17 @@ SCHEMES = {8: "symmetric", 4: "symmetric", 3: "symmetric", 2: "ternary", 1: "bin
 TINY = 1e-30
 # Rows per piece in `Quantizer.quantize`: about 6 MB of fp32 at width 768, so temporaries stay in cache.
 CHUNK_ELEMENTS = 1 << 20
+# Devices whose tensors the Triton kernels take, if Triton is there. Its interpreter takes "cpu" too: for tests.
+FUSED = {"cuda"}
+
+
+@functools.cache
+def _kernels() -> Any:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from dqbart_kernels.gpu import quantize
+
+    return quantize
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,10 @@ class Quantizer:
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes as int8, and the scale."""
+        if (kernels := self._fused(x)) is not None:
+            codes, scale = kernels.quantize(x, self.bits, self.clip)
+            _require_finite(scale)
+            return codes, scale
         rows = x.shape[0] if x.dim() == 2 and self.granularity == "row" else 0
         step = max(1, CHUNK_ELEMENTS // max(1, x.shape[-1])) if rows else 0
         if rows <= step:
@@ -74,6 +94,9 @@ class Quantizer:
         """The same with the codes as fp32 integers, which is what a float GEMM or fbgemm takes."""
         if not x.is_floating_point():
             raise ValueError(f"cannot quantize a {x.dtype} tensor: expected a floating-point one")
+        if self._fused(x) is not None:
+            codes, scale = self.quantize(x)
+            return codes.float(), scale
         x = x.float()
         if x.numel() == 0:
             shape = [*x.shape[:-1], 1] if self.granularity == "row" else [1] * x.dim()
@@ -86,6 +109,14 @@ class Quantizer:
             codes, scale = codes.view(x.shape), scale.view([1] * x.dim())
         _require_finite(scale)
         return codes, scale
+
+    def _fused(self, x: Tensor) -> Any:
+        """The kernels, where they serve `x`: rows of our own numerics (the authors' arithmetic stays as it was)."""
+        fits = x.device.type in FUSED and type(self) is Quantizer and self.granularity == "row" and x.numel() > 0
+        if not fits or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return None
+        kernels = _kernels()
+        return kernels if kernels is not None and x.shape[-1] <= kernels.LONGEST else None
 
     def dequantize(self, x: Tensor) -> Tensor:
         """What `x` becomes: codes times scale, in fp32, no gradient."""
@@ -155,10 +186,10 @@ _SCHEME: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]] = {
 
 def _require_finite(scale: Tensor) -> None:
     """A NaN or an infinity anywhere in a row shows in its scale, which is cheap to look at."""
-    finite = scale.isfinite().all()
     if scale.is_cuda:
-        torch._assert_async(finite, "cannot quantize NaN or infinite values")  # no host sync
-    elif not finite:
+        # No host sync; and fewer kernels than isfinite, which is four. Scales are not negative, and a NaN is a maximum.
+        torch._assert_async(scale.amax() < math.inf, "cannot quantize NaN or infinite values")
+    elif not scale.isfinite().all():
         raise ValueError("cannot quantize NaN or infinite values: the model or its input has overflowed")
 
 
@@ -167,9 +198,18 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, quantizer: Quantizer) -> Tensor:
-        ctx.inside = None if quantizer.clip is None else x.abs() < quantizer.clip
+        ctx.clip, ctx.fused = quantizer.clip, x.device.type in FUSED and _kernels() is not None
+        if ctx.clip is not None:
+            ctx.save_for_backward(x if ctx.fused else x.abs() < ctx.clip)
+        if (kernels := quantizer._fused(x)) is not None:
+            values, scale = kernels.fake(x, quantizer.bits, quantizer.clip)
+            _require_finite(scale)
+            return values
         return quantizer.dequantize(x).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return (grad if ctx.inside is None else grad * ctx.inside), None
+        if ctx.clip is None:
+            return grad, None
+        (seen,) = ctx.saved_tensors
+        return (_kernels().straight_through(grad, seen, ctx.clip) if ctx.fused else grad * seen), None

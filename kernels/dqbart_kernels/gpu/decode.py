@@ -78,9 +78,9 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def quantize_rows(x):
+def quantize_rows(x, QMAX: tl.constexpr = 127.0):
     """int8 codes and scales of fp32 rows, half to even; the scale of a row that is not finite is not finite either."""
     peak = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)
-    codes = (x * (tl.div_rn(1.0, peak) * 127.0)[:, None] + 12582912.0) - 12582912.0
+    codes = (x * (tl.div_rn(1.0, peak) * QMAX)[:, None] + 12582912.0) - 12582912.0
     strange = tl.sum(x * 0.0, 1)  # 0, or NaN
-    return codes.to(tl.int8), tl.div_rn(peak, 127.0) + strange
+    return codes.to(tl.int8), tl.div_rn(peak, QMAX) + strange
