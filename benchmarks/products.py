@@ -179,7 +179,7 @@ def _no_gemlite(device: torch.device) -> str | None:
 def _gemlite(codes_NK: Tensor, bits: int) -> tuple[Product, int]:
     """int8 activations as they are, one scale a column. At 1 bit its zero point would be half a code: it has none."""
     import torch
-    from gemlite.core import DType, GemLiteLinearTriton
+    from gemlite.core import DType, GemLiteLinearTriton  # type: ignore[import-not-found]
 
     n, k = codes_NK.shape
     linear = GemLiteLinearTriton(
