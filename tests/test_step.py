@@ -47,7 +47,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> step.Bench:
     monkeypatch.setattr(gpu_model, "TOKENS", 4)
     tinier = Shape(BART, _bart(32, 2, 64, vocab_size=64, max_position_embeddings=32), ("1-1",))
     monkeypatch.setitem(SHAPES, "tiny", tinier)  # the interpreter takes seconds for what a GPU takes microseconds
-    words = ["--shapes", "tiny", "--bits", "2-2-8", "--batches", "1", "--beams", "2", "--tokens", "2", "--rounds", "1"]
+    words = ["--shapes", "tiny", "--bits", "2-2-8", "--batches", "1", "--beams", "2", "--tokens", "1", "--rounds", "1"]
     args = step.parse_arguments([*words, "--systems", "bf16", "dqbart", "--models", str(tmp_path / "m")])
     made = step.Bench(Ledger(tmp_path / "step.json", step.KEYS), args, DEVICE, "Test GPU")
     made._limits = (1e9, 1e12)
@@ -66,7 +66,7 @@ def test_measuring_a_tiny_model(bench: step.Bench, monkeypatch: pytest.MonkeyPat
         assert all(row["us"] > 0 for row in phases if "advance" not in row["phase"])
 
         on_paper = shapes_only(SHAPES["tiny"], "1-1", bits)
-        session = Session.of(on_paper, 1, 2, 4, 2)
+        session = Session.of(on_paper, 1, 2, 4, 1)
         with recorded(on_paper, execute=False) as counted:
             (session.step if what == "step" else session.prefill)()
         assert counted.nodes == whole["nodes"]
