@@ -48,7 +48,8 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> step.Bench:
     tinier = Shape(BART, _bart(32, 2, 64, vocab_size=64, max_position_embeddings=32), ("1-1",))
     monkeypatch.setitem(SHAPES, "tiny", tinier)  # the interpreter takes seconds for what a GPU takes microseconds
     words = ["--shapes", "tiny", "--bits", "2-2-8", "--batches", "1", "--beams", "2", "--tokens", "1", "--rounds", "1"]
-    args = step.parse_arguments([*words, "--systems", "bf16", "dqbart", "--models", str(tmp_path / "m")])
+    systems = ["bf16", "dqbart"] if DEVICE.type == "cuda" else ["bf16"]
+    args = step.parse_arguments([*words, "--systems", *systems, "--models", str(tmp_path / "m")])
     made = step.Bench(Ledger(tmp_path / "step.json", step.KEYS), args, DEVICE, "Test GPU")
     made._limits = (1e9, 1e12)
     return made
@@ -82,9 +83,10 @@ def test_measuring_a_tiny_model(bench: step.Bench, monkeypatch: pytest.MonkeyPat
     bench.generations(case, [bits])
     rows = bench.ledger.rows
     written = {row["phase"]: row for row in rows if row["what"] == "generate"}
-    assert set(written) == {step.EAGER, step.COMPILED, f"{step.OURS} {bits}"}
+    ours = {f"{step.OURS} {bits}"} if DEVICE.type == "cuda" else set()
+    assert set(written) == {step.EAGER, step.COMPILED} | ours
     assert written[step.COMPILED]["error"] == "RuntimeError: no compiler" and written[step.EAGER]["ratio"] == 1
-    assert written[f"{step.OURS} {bits}"]["tokens_per_s"] > 0
+    assert all(row["tokens_per_s"] > 0 for row in written.values() if "error" not in row)
     text = step.table(rows)
     assert "RuntimeError: no compiler" in text and "| sum of phases |" in text and "Test GPU" in text
 
