@@ -1,11 +1,11 @@
-"""Do the engines write the same words? Native against torch, on real inputs, over a grid of options.
+"""Do the engines write the same words? A native one against torch, on real inputs, over a grid of options.
 
-    python benchmarks/engines.py PACKED --data FILE [--split test] [--inputs 1000] [--settings 4]
+    python benchmarks/engines.py PACKED --data FILE [--engine cpu|triton] [--split test] [--inputs 1000] [--settings 4]
 
-The torch engine is the oracle. Both decode the same inputs; a text whose ids differ is listed with the score that the
-torch engine gives to either one, so that a tie (two hypotheses within a rounding) can be told from a mistake. Logits
-are compared teacher-forced on the torch engine's own output. Last line: JSON; exit code 1 if a difference is not a
-tie.
+The torch engine is the oracle, on the same device: the CPU, or for engine triton the GPU. Both decode the same inputs;
+a text whose ids differ is listed with the score that the torch engine gives to each, so that a tie (two hypotheses
+within a rounding) can be told from a mistake. Logits of engine cpu are compared teacher-forced on what the torch engine
+wrote. Last line: JSON; exit code 1 if a difference is not a tie.
 """
 
 import json
@@ -60,9 +60,9 @@ def compare(fast: Any, slow: Any, batches: list[dict[str, Any]], settings: dict[
             ends = slow.config.eos_token_id
             scores = [mean_log_probability(slow, single, part[row], ends) for part in (ours, theirs)]
             gaps.append(abs(scores[0] - scores[1]))
-            for name, score, part in zip(("native", "torch"), scores, (ours, theirs), strict=True):
+            for name, score, part in zip((fast.runner.name, "torch"), scores, (ours, theirs), strict=True):
                 print(f"differs: {name:6s} {score:.4f} {part[row].tolist()}")
-        if settings["num_beams"] == 1:
+        if settings["num_beams"] == 1 and fast.runner.name == "cpu":
             differences += logit_differences(fast, slow, inputs, theirs[:, :-1])
         print(f"{number + 1}/{len(batches)}", end="\r", file=sys.stderr, flush=True)
     found["different"], found["worse_than_a_tie"] = len(gaps), sum(gap > TIE for gap in gaps)
@@ -78,23 +78,27 @@ def logit_differences(fast: Any, slow: Any, inputs: dict[str, Any], decoder: Any
     want = slow(**inputs, decoder_input_ids=decoder).logits.numpy()
     masks = inputs["attention_mask"].bool()
     sources = [row[mask].numpy().astype(np.int32) for row, mask in zip(inputs["input_ids"], masks, strict=True)]
-    got = fast.native.logits(sources, decoder.numpy().astype(np.int32), fast.threads)
+    got = fast.native.logits(sources, decoder.numpy().astype(np.int32), fast.runner.threads)
     return [float(np.abs(a - b).max()) for a, b in zip(got, want, strict=True)]
 
 
 def main() -> int:
     parser = arguments(__doc__, inputs=1000)
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of the option sets")
+    parser.add_argument("--engine", choices=("cpu", "triton"), default="cpu", help="what is held to the torch engine")
+    parser.add_argument("--device", help="default: cuda for engine triton, else cpu")
     args = parser.parse_args()
+    device = torch.device(args.device or ("cuda" if args.engine == "triton" else "cpu"))
+    fast, slow = (dqbart.load(args.packed, engine=engine, device=device) for engine in (args.engine, "torch"))
     batches, tokenizer, recipe = read_batches(args, BATCH)
-    fast, slow = dqbart.load(args.packed, engine="cpu"), dqbart.load(args.packed, engine="torch")
+    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
     found = []
     for options in SETTINGS[: args.settings]:
         whole = effective_generation(slow, options, tokenizer=tokenizer, target_lang=recipe.target_lang)
         found.append({"options": options} | compare(fast, slow, batches, whole))
         print(json.dumps(found[-1]), flush=True)
     wrong = sum(row["worse_than_a_tie"] for row in found)
-    print(json.dumps({"instruction_set": fast.native.instruction_set, "rows": found, "ok": not wrong}))
+    print(json.dumps({"engine": args.engine, "runs_on": fast.runner.describe(), "rows": found, "ok": not wrong}))
     return int(bool(wrong))
 
 

@@ -6,10 +6,10 @@ Problem: a low-bit product that wins alone may win because its matrix sits in ca
 every kernel (products.py) gets the same operands, is held to the exact product before it is timed, and takes turns with
 the others; each call meets another copy of the matrix. On CPU there are as many copies as make one decode step of the
 model, so what a narrow weight saves in cache here it saves there; on CUDA twice the L2 cache, timed by events around a
-graph. Medians over rounds; the ratio to fp32 is taken within each round. Beside it the shares of this machine's own
-limits: bandwidth (best of copy, triad and sum over 256 MiB; above 100 % the weights came from cache) and the rate of
-the fastest kernel of that arithmetic on large squares. Activations are handed over in the kernel's own type: quantizing
-them, scales and bias are outside. Rejected: one hot matrix, which is kindest to the widest weights.
+graph. Medians over rounds; the ratio to fp32 (on CUDA: bf16) is taken within each round. Beside it the shares of this
+machine's own limits: bandwidth (best of copy, triad and sum over 256 MiB; above 100 % the weights came from cache) and
+the rate of the fastest kernel of that arithmetic on large squares. Activations are handed over in the kernel's own
+type: quantizing them and bias are outside. Rejected: one hot matrix, which is kindest to the widest weights.
 
 Exit code 1 if a kernel is wrong. The last line is JSON.
 """
@@ -17,6 +17,7 @@ Exit code 1 if a kernel is wrong. The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -24,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,12 +109,17 @@ def bandwidth(device: torch.device) -> dict[str, float]:
     import torch
 
     a, b, c = (torch.ones(ARRAY, device=device) for _ in range(3))
-    calls: dict[str, tuple[int, Callable[[], Any]]] = {
-        "copy": (2, lambda: b.copy_(a)),
-        "triad": (3, lambda: torch.add(a, b, alpha=3, out=c)),
-        "sum": (1, lambda: a.sum()),
+    calls: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+        "copy": (2, lambda x: b.copy_(x)),
+        "triad": (3, lambda x: torch.add(x, b, alpha=3, out=c)),
+        "sum": (1, lambda x: x.sum()),
     }
-    return {name: arrays * a.nbytes / min(clock(f, device) for _ in range(5)) for name, (arrays, f) in calls.items()}
+    found = {}
+    for name, (arrays, call) in calls.items():
+        call(a)
+        measure = timer([call] * 4, a, SPAN)  # as products are: without the time a launch takes to get there
+        found[name] = arrays * a.nbytes / min(measure() for _ in range(5))
+    return found
 
 
 def peak(kernel: Kernel, device: torch.device) -> float:
@@ -141,6 +147,7 @@ class Bench:
             else:
                 self.usable.append(kernel)
         self.measured = [kernel for kernel in self.usable if not args.kernels or kernel.name in args.kernels]
+        self.baseline = self.usable[0]
 
     def key(self, shape: str, of: Shape, m: int, kernel: str, bits: int) -> dict[str, Any]:
         return dict(zip(KEYS, (self.name, shape, of.n, of.k, m, kernel, bits, self.threads), strict=True))
@@ -156,7 +163,7 @@ class Bench:
         how = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in found.items())
         self.add(MACHINE, NO_SHAPE, 0, "bandwidth", 0, rate=self.bandwidth, how=how)
         self.peaks: dict[str, float] = {}
-        for kernel in self.usable:
+        for kernel in (kernel for kernel in self.usable if not kernel.foreign):
             rate = peak(kernel, self.device)
             if rate > self.peaks.get(kernel.arithmetic, 0):
                 self.peaks[kernel.arithmetic] = rate
@@ -182,27 +189,42 @@ class Bench:
 
         return math.ceil(2 * torch.cuda.get_device_properties(self.device).L2_cache_size / weight_bytes)
 
-    def prepare(self, of: Shape, wanted: set[tuple[str, int]]) -> list[Entry]:
-        """The baseline, then what is wanted."""
+    def prepare(self, shape: str, due: dict[int, set[tuple[str, int]]]) -> list[Entry]:
+        """The baseline, then what is due."""
+        of, wanted = SHAPES[shape], set[tuple[str, int]]().union(*due.values())
         codes: dict[int, Tensor] = {}
         entries = []
         for kernel in self.usable:
             for bits in kernel.bits:
-                if (kernel.name, bits) in wanted or kernel is KERNELS[0]:
+                if (kernel.name, bits) in wanted or kernel is self.baseline:
                     width = min(bits, 8)
                     if width not in codes:
                         codes[width] = random_codes(of.n, of.k, width)
                     there = codes[width].to(self.device)
-                    first, weight_bytes = kernel.make(there, bits)
-                    more = [kernel.make(there, bits)[0] for _ in range(self.copies(of, weight_bytes) - 1)]
-                    entries.append(Entry(kernel, bits, codes[width], [first, *more], weight_bytes))
+                    with self.gaps(shape, kernel, bits, *due):
+                        first, weight_bytes = kernel.make(there, bits)
+                        more = [kernel.make(there, bits)[0] for _ in range(self.copies(of, weight_bytes) - 1)]
+                        entries.append(Entry(kernel, bits, codes[width], [first, *more], weight_bytes))
         return entries
+
+    @contextlib.contextmanager
+    def gaps(self, shape: str, kernel: Kernel, bits: int, *rows: int) -> Iterator[None]:
+        """What a foreign kernel raises stands in its cells."""
+        try:
+            yield
+        except Exception as error:
+            if not kernel.foreign:
+                raise
+            words = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+            for m in rows:
+                self.add(shape, SHAPES[shape], m, kernel.name, bits, failed=words)
+            print(f"{shape}: {kernel.name} at {bits} bits: {words}", file=sys.stderr)
 
     def run(self, shape: str, rows: tuple[int, ...]) -> None:
         """Every case of one shape that is due."""
         due = self.due(shape, rows)
         if due:
-            entries = self.prepare(SHAPES[shape], set().union(*due.values()))
+            entries = self.prepare(shape, due)
             for m, wanted in due.items():
                 self.case(shape, m, entries, wanted)
 
@@ -224,7 +246,11 @@ class Bench:
                     self.add(shape, of, m, kernel.name, entry.bits, predicted=round(predicted, 3))
                 continue
             a = a_MK.to(self.device, getattr(torch, kernel.activations))
-            y_MN = entry.products[0](a)
+            y_MN = None
+            with self.gaps(shape, kernel, entry.bits, m):
+                y_MN = entry.products[0](a)
+            if y_MN is None:
+                continue
             error = error_of(y_MN, a_MK, entry.codes_NK)
             if not error <= kernel.tolerance:  # NaN is wrong, too
                 self.wrong += 1
@@ -233,8 +259,9 @@ class Bench:
                 continue
             moved = entry.weight_bytes + a.nbytes + y_MN.nbytes
             entry.facts = dict(bytes=moved, operations=2 * m * of.n * of.k, copies=len(entry.products), error=error)
-            seconds = clock(lambda: entry.products[-1](a), self.device)  # noqa: B023
-            timers.append((entry, timer(entry.products, a, seconds)))
+            with self.gaps(shape, kernel, entry.bits, m):
+                seconds = clock(lambda: entry.products[-1](a), self.device)  # noqa: B023
+                timers.append((entry, timer(entry.products, a, seconds)))
         for turn in range(self.rounds):
             first = turn % max(1, len(timers))
             for entry, measure in timers[first:] + timers[:first]:
@@ -274,28 +301,32 @@ def table(rows: list[dict[str, Any]]) -> str:
             {m for case in cases.values() for m in case}
         )
         lines = []
+        measured = {row["kernel"] for row in here if "seconds" in row}
+        baseline = next((kernel.name for kernel in KERNELS if kernel.name in measured), "")
         for (shape, bits, kernel), case in sorted(cases.items()):
-            one = next(iter(case.values()))
-            lines.append([shape, f"{one['n']} x {one['k']}", kernel, -bits, *(_cell(case.get(m)) for m in shown)])
+            one, is_baseline = next(iter(case.values())), kernel == baseline
+            cells = [_cell(case.get(m), is_baseline) for m in shown]
+            lines.append([shape, f"{one['n']} x {one['k']}", kernel, -bits, *cells])
         title = f"{device}, {threads} thread{'s' * (threads != 1)}"
         parts.append(f"<details><summary>{title}</summary>\n\nLimits: {limits}.\n")
         parts.append(markdown(["matrix", "N x K", "kernel", "bits", *(f"M={m}" for m in shown)], lines) + "\n")
-        measured = {row["kernel"] for row in here if "seconds" in row}
         gaps = [f"{r['kernel']}: {r['reason']}" for r in here if r["shape"] == MISSING and r["kernel"] not in measured]
         parts += [f"Not measured: {'; '.join(gaps)}.\n"] if gaps else []
         parts.append("</details>\n")
     return "\n".join(parts).rstrip()
 
 
-def _cell(row: dict[str, Any] | None) -> str | None:
+def _cell(row: dict[str, Any] | None, is_baseline: bool) -> str | None:
     if row is None:
         return None
     if "wrong" in row:
         return "WRONG"
+    if "failed" in row:
+        return f"failed: {row['failed']}"
     if "predicted" in row:
         return f"skipped: {row['predicted']:.1f} s"
     share = f"{max(row['bandwidth_share'], row['peak_share']):.0%}"
-    if row["kernel"] == KERNELS[0].name or row["ratio"] is None:
+    if is_baseline or row["ratio"] is None:
         return f"{row['seconds'] * 1e3:.3g} ms, {share}"
     return f"{row['ratio']:.2f} x, {share}"
 

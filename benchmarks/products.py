@@ -9,6 +9,8 @@ Shape suffixes: M rows of activations, N output features, K input features.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ class Kernel:
     The product takes activations [M, K] of dtype `activations`, integers in -127..127, and returns [M, N].
     `bits`: widths it takes; 32 and 16 mean a float kernel, which is given 8-bit codes as floats. `arithmetic`: fp32,
     bf16 or int8, whose peak rate is its limit. `tolerance`: largest `error_of`. `missing`: None, or why it can't run.
+    `foreign`: an optional peer, whose exceptions are gaps in the table, not an end of the run.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Kernel:
     make: Callable[[Tensor, int], tuple[Product, int]]
     tolerance: float = 0.0
     missing: Callable[[torch.device], str | None] = lambda device: None
+    foreign: bool = False
 
 
 def _float_linear(dtype: str) -> Callable[[Tensor, int], tuple[Product, int]]:
@@ -56,15 +60,21 @@ def _int_mm(codes_NK: Tensor, bits: int) -> tuple[Product, int]:
     import torch
     from torch.nn import functional as F
 
-    weight_KN = codes_NK.clone().T
+    n = len(codes_NK)
+    # cuBLAS takes M above 16 and N in eights
+    weight_KN = F.pad(codes_NK, (0, 0, 0, -n % 8)).T if codes_NK.is_cuda else codes_NK.clone().T
 
     def product(a_MK: Tensor) -> Tensor:
         rows = len(a_MK)
-        if a_MK.is_cuda and rows <= 16:  # cuBLAS wants more
+        if a_MK.is_cuda and rows <= 16:
             a_MK = F.pad(a_MK, (0, 0, 0, 24 - rows))
-        return torch._int_mm(a_MK, weight_KN)[:rows]
+        return torch._int_mm(a_MK, weight_KN)[:rows, :n]
 
     return product, codes_NK.nbytes
+
+
+def _fp32_is_no_peer(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else "on a GPU the baseline is bf16, which matrix units multiply"
 
 
 def _fbgemm_dynamic(codes_NK: Tensor, bits: int) -> tuple[Product, int]:
@@ -128,13 +138,70 @@ def _native(codes_NK: Tensor, bits: int) -> tuple[Product, int]:
     return product, packed.nbytes
 
 
-KERNELS = [  # the baseline first
-    Kernel("torch fp32", (32,), "fp32", "float32", _float_linear("float32"), tolerance=1e-6),
+def _no_triton(device: torch.device) -> str | None:
+    from dqbart_kernels.gpu import reason
+
+    return reason(device)
+
+
+@functools.cache
+def _ones(m: int, device: torch.device) -> Tensor:
+    """Made by the first call, which no graph captures."""
+    import torch
+
+    return torch.ones(m, device=device)
+
+
+def _int8_matmul(dtype: str) -> Callable[[Tensor, int], tuple[Product, int]]:
+    """The GPU engine's, with its scales: all are 1. `dtype`: of the result; the engine's are float32."""
+
+    def make(codes_NK: Tensor, bits: int) -> tuple[Product, int]:
+        import torch
+        from dqbart_kernels.gpu.products import Weight, int8_matmul
+
+        from dqbart.packed import layout
+
+        n, k = codes_NK.shape
+        device, out_dtype = codes_NK.device, getattr(torch, dtype)
+        weight = Weight(layout.pack(codes_NK, bits), torch.ones(n, device=device), bits, k)
+        weight_bytes = weight.packed_NW.nbytes
+        return lambda a_MK: int8_matmul(a_MK, _ones(len(a_MK), device), weight, out_dtype=out_dtype), weight_bytes
+
+    return make
+
+
+def _no_gemlite(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "runs on GPUs only"
+    return None if importlib.util.find_spec("gemlite") else "not installed: pip install gemlite"
+
+
+def _gemlite(codes_NK: Tensor, bits: int) -> tuple[Product, int]:
+    """int8 activations as they are, one scale a column. At 1 bit its zero point would be half a code: it has none."""
+    import torch
+    from gemlite.core import DType, GemLiteLinearTriton  # type: ignore[import-not-found]
+
+    n, k = codes_NK.shape
+    linear = GemLiteLinearTriton(
+        bits, group_size=k, in_features=k, out_features=n, input_dtype=DType.INT8, output_dtype=DType.BF16,
+        scaled_activations=False,
+    )  # fmt: skip
+    shift = LARGEST[bits] if bits < 8 else None  # its fields have no sign
+    codes = codes_NK if shift is None else (codes_NK + shift).view(torch.uint8)
+    linear.pack(codes, torch.ones((n, 1), device=codes_NK.device), zeros=shift, bias=None)
+    return linear.forward, n * k * bits // 8
+
+
+KERNELS = [  # the baseline first; on a GPU, where fp32 is none, it is bf16
+    Kernel("torch fp32", (32,), "fp32", "float32", _float_linear("float32"), 1e-6, _fp32_is_no_peer),
     Kernel("torch bf16", (16,), "bf16", "bfloat16", _float_linear("bfloat16"), tolerance=2**-8),
     Kernel("torch _int_mm", (8,), "int8", "int8", _int_mm),
     Kernel("fbgemm dynamic", (8,), "int8", "float32", _fbgemm_dynamic, tolerance=0.05, missing=_no_fbgemm),
     Kernel("dqbart integer_matmul", (8, 4, 2, 1), "int8", "float32", _integer_matmul),
     Kernel("dqbart cpu", (8, 4, 2, 1), "int8", "int8", _native, missing=_no_native),
+    Kernel("gemlite", (8, 4, 2), "int8", "int8", _gemlite, 0.05, _no_gemlite, foreign=True),
+    Kernel("dqbart int8_matmul", (8, 4, 2, 1), "int8", "int8", _int8_matmul("float32"), 1e-6, _no_triton),
+    Kernel("dqbart int8_matmul, bf16 out", (8, 4, 2, 1), "int8", "int8", _int8_matmul("bfloat16"), 2**-8, _no_triton),
 ]
 
 

@@ -26,6 +26,8 @@ SOURCES = {  # results file -> module, its function, the command that fills the 
     "quality": ("quality", "table", f"{GRID} --work DIR"),
     "sensitivity": ("quality", "sensitivity_table", f"{GRID} --sensitivity"),
     "matmul": ("matmul", "table", "python benchmarks/matmul.py"),
+    "step": ("step", "table", "python benchmarks/step.py"),
+    "gate": ("gate", "table", "python benchmarks/gate.py"),
 }
 MACHINES = "machines"
 SHOWN_PACKAGES = ("torch", "transformers")

@@ -16,14 +16,19 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90", "gfx942"])
-def made(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+def compiled(script: str, *arguments: str) -> list[dict[str, Any]]:
+    """What a script of this folder prints, in a process that compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE.parent / "kernels")])
-    command = [sys.executable, str(HERE / "gpu_compile.py"), request.param]
+    environment["PYTHONPATH"] = os.pathsep.join(str(HERE.parent / part) for part in ("", "kernels", "benchmarks"))
+    command = [sys.executable, str(HERE / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90", "gfx942"])
+def made(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return compiled("gpu_compile.py", request.param)
 
 
 def test_products(made: list[dict[str, Any]]) -> None:

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dqbart_kernels.gpu import tuned
 from dqbart_kernels.gpu.decode import BLOCK, GELU, GELU_TANH, NONE, activate, plane
 
 ACTIVATIONS = {"none": NONE.value, "gelu": GELU.value, "gelu_new": GELU_TANH.value}
@@ -175,6 +176,7 @@ def int8_matmul(
     y_MN = torch.empty((m, n), dtype=out_dtype, device=device)
     if m == 0 or n == 0:
         return y_MN
+    tiles = tiles or tuned.find(_gpu_name(device), "int8_matmul", Tiles, n, k, weight.bits, m)
     tiles = tiles or choose_tiles(m, n, w, weight.bits, _processors(device))
     count = triton.cdiv(m, tiles.bm) * triton.cdiv(n, tiles.bn)
     sums, arrived = _zeros(device, m * n, count) if tiles.splits > 1 else (None, None)
@@ -244,6 +246,10 @@ def _check(
         if tensor.stride(-1) != 1 or (tensor is not a_MK and not tensor.is_contiguous()):
             raise ValueError(f"{name} with strides {tensor.stride()}: expected contiguous rows")
     return m, weight.k
+
+
+def _gpu_name(device: torch.device) -> str | None:
+    return torch.cuda.get_device_properties(device).name if device.type == "cuda" else None
 
 
 def _processors(device: torch.device) -> int:
