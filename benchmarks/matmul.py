@@ -163,7 +163,7 @@ class Bench:
         how = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in found.items())
         self.add(MACHINE, NO_SHAPE, 0, "bandwidth", 0, rate=self.bandwidth, how=how)
         self.peaks: dict[str, float] = {}
-        for kernel in (kernel for kernel in self.usable if not kernel.foreign):
+        for kernel in (kernel for kernel in self.usable if not kernel.partial):
             rate = peak(kernel, self.device)
             if rate > self.peaks.get(kernel.arithmetic, 0):
                 self.peaks[kernel.arithmetic] = rate
@@ -209,11 +209,11 @@ class Bench:
 
     @contextlib.contextmanager
     def gaps(self, shape: str, kernel: Kernel, bits: int, *rows: int) -> Iterator[None]:
-        """What a foreign kernel raises stands in its cells."""
+        """What a partial kernel raises stands in its cells."""
         try:
             yield
         except Exception as error:
-            if not kernel.foreign:
+            if not kernel.partial:
                 raise
             words = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
             for m in rows:

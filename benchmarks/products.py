@@ -32,7 +32,7 @@ class Kernel:
     The product takes activations [M, K] of dtype `activations`, integers in -127..127, and returns [M, N].
     `bits`: widths it takes; 32 and 16 mean a float kernel, which is given 8-bit codes as floats. `arithmetic`: fp32,
     bf16 or int8, whose peak rate is its limit. `tolerance`: largest `error_of`. `missing`: None, or why it can't run.
-    `foreign`: an optional peer, whose exceptions are gaps in the table, not an end of the run.
+    `partial`: an optional peer, or one for some sizes only, whose exceptions are gaps in the table and end no run.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Kernel:
     make: Callable[[Tensor, int], tuple[Product, int]]
     tolerance: float = 0.0
     missing: Callable[[torch.device], str | None] = lambda device: None
-    foreign: bool = False
+    partial: bool = False
 
 
 def _float_linear(dtype: str) -> Callable[[Tensor, int], tuple[Product, int]]:
@@ -152,22 +152,47 @@ def _ones(m: int, device: torch.device) -> Tensor:
     return torch.ones(m, device=device)
 
 
+def _packed(codes_NK: Tensor, bits: int) -> Any:
+    """As the GPU engine holds it; all scales are 1."""
+    import torch
+    from dqbart_kernels.gpu.products import Weight
+
+    from dqbart.packed import layout
+
+    n, k = codes_NK.shape
+    return Weight(layout.pack(codes_NK, bits), torch.ones(n, device=codes_NK.device), bits, k)
+
+
 def _int8_matmul(dtype: str) -> Callable[[Tensor, int], tuple[Product, int]]:
-    """The GPU engine's, with its scales: all are 1. `dtype`: of the result; the engine's are float32."""
+    """`dtype`: of the result; the engine's are float32."""
 
     def make(codes_NK: Tensor, bits: int) -> tuple[Product, int]:
         import torch
-        from dqbart_kernels.gpu.products import Weight, int8_matmul
+        from dqbart_kernels.gpu.products import int8_matmul
 
-        from dqbart.packed import layout
+        weight, out_dtype = _packed(codes_NK, bits), getattr(torch, dtype)
 
-        n, k = codes_NK.shape
-        device, out_dtype = codes_NK.device, getattr(torch, dtype)
-        weight = Weight(layout.pack(codes_NK, bits), torch.ones(n, device=device), bits, k)
-        weight_bytes = weight.packed_NW.nbytes
-        return lambda a_MK: int8_matmul(a_MK, _ones(len(a_MK), device), weight, out_dtype=out_dtype), weight_bytes
+        def product(a_MK: Tensor) -> Tensor:
+            return int8_matmul(a_MK, _ones(len(a_MK), a_MK.device), weight, out_dtype=out_dtype)
+
+        return product, weight.packed_NW.nbytes
 
     return make
+
+
+def _one_shot_matmul(codes_NK: Tensor, bits: int) -> tuple[Product, int]:
+    """It quantizes its rows itself."""
+    from dqbart_kernels.gpu.one_shot import one_shot_matmul
+
+    weight = _packed(codes_NK, bits)
+    return lambda a_MK: one_shot_matmul(a_MK, weight)[0], weight.packed_NW.nbytes
+
+
+def _weight_only_matmul(codes_NK: Tensor, bits: int) -> tuple[Product, int]:
+    from dqbart_kernels.gpu.weight_only import weight_only_matmul
+
+    weight = _packed(codes_NK, bits)
+    return lambda a_MK: weight_only_matmul(a_MK, weight), weight.packed_NW.nbytes
 
 
 def _no_gemlite(device: torch.device) -> str | None:
@@ -199,9 +224,11 @@ KERNELS = [  # the baseline first; on a GPU, where fp32 is none, it is bf16
     Kernel("fbgemm dynamic", (8,), "int8", "float32", _fbgemm_dynamic, tolerance=0.05, missing=_no_fbgemm),
     Kernel("dqbart integer_matmul", (8, 4, 2, 1), "int8", "float32", _integer_matmul),
     Kernel("dqbart cpu", (8, 4, 2, 1), "int8", "int8", _native, missing=_no_native),
-    Kernel("gemlite", (8, 4, 2), "int8", "int8", _gemlite, 0.05, _no_gemlite, foreign=True),
+    Kernel("gemlite", (8, 4, 2), "int8", "int8", _gemlite, 0.05, _no_gemlite, partial=True),
     Kernel("dqbart int8_matmul", (8, 4, 2, 1), "int8", "int8", _int8_matmul("float32"), 1e-6, _no_triton),
     Kernel("dqbart int8_matmul, bf16 out", (8, 4, 2, 1), "int8", "int8", _int8_matmul("bfloat16"), 2**-8, _no_triton),
+    Kernel("dqbart one_shot_matmul", (8, 4, 2, 1), "int8", "float32", _one_shot_matmul, 0.05, _no_triton, True),
+    Kernel("dqbart weight_only_matmul", (8, 4, 2, 1), "bf16", "bfloat16", _weight_only_matmul, 2**-7, _no_triton),
 ]
 
 

@@ -52,7 +52,7 @@ def test_kernels_are_right_on_ragged_shapes(kernel, m):
     for bits in kernel.bits:
         codes, a = random_codes(37, 72, min(bits, 8)), random_activations(m, 72)
         product, weight_bytes = kernel.make(codes, bits)
-        cut_off = 2 if "bf16 out" in kernel.name else 1  # the interpreter does not round to bf16
+        cut_off = 2 if kernel.name.endswith(("bf16 out", "weight_only_matmul")) else 1  # the interpreter truncates bf16
         assert error_of(product(a.to(getattr(torch, kernel.activations))), a, codes) <= cut_off * kernel.tolerance
         assert weight_bytes >= codes.numel() * min(bits, 8) / 8
 
@@ -146,21 +146,21 @@ def test_what_takes_too_long_is_skipped_visibly_and_measured_under_a_higher_limi
 
 
 @pytest.mark.parametrize("where", ["make", "call"])
-def test_what_a_foreign_kernel_raises_stands_in_its_cells_and_ours_ends_the_run(tiny, monkeypatch, where):
+def test_what_a_partial_kernel_raises_stands_in_its_cells_and_ours_ends_the_run(tiny, monkeypatch, where):
     def make(codes_NK, bits):
         def product(a_MK):
             raise RuntimeError("no kernel\n for this")
 
         return product("") if where == "make" else (product, 1)
 
-    kernels = [*matmul.KERNELS, Kernel("peer", (2,), "int8", "int8", make, foreign=True)]
+    kernels = [*matmul.KERNELS, Kernel("peer", (2,), "int8", "int8", make, partial=True)]
     monkeypatch.setattr(matmul, "KERNELS", kernels)
     code, rows = tiny("--rows", "1", "2")
     failed = [row for row in rows if "failed" in row]
     assert code == 0 and len(failed) == 4 and {row["failed"] for row in failed} == {"RuntimeError: no kernel for this"}
     assert "failed: RuntimeError: no kernel for this" in matmul.table(rows)
     assert tiny("--rows", "1", "2") == (0, rows)  # tried, so not due
-    monkeypatch.setattr(matmul, "KERNELS", [*kernels[:-1], dataclasses.replace(kernels[-1], foreign=False)])
+    monkeypatch.setattr(matmul, "KERNELS", [*kernels[:-1], dataclasses.replace(kernels[-1], partial=False)])
     with pytest.raises(RuntimeError, match="no kernel"):
         tiny("--rows", "1", "2", "--again")
 
