@@ -1,8 +1,8 @@
 """Distillation losses as pure functions: tensors in, one scalar out, in fp32.
 
 Two kinds. The masked ones are ours: each is a mean over real (not padding) positions, so neither padding nor batch
-size changes it. The `paper_` ones are DQ-BART's released arithmetic (methods.md, section 1): means over everything,
-padding included. Shapes: B batch, L positions, Q queries, K keys, H heads, D width, V vocabulary.
+size changes it. The `paper_` ones are released arithmetic, DQ-BART's unless said: means over everything, padding
+included. Shapes: B batch, L positions, Q queries, K keys, H heads, D width, V vocabulary.
 """
 
 import torch
@@ -43,6 +43,72 @@ def attention_mse(student_BHQK: Tensor, teacher_BHQK: Tensor, query_mask_BQ: Ten
     error_BQK = (student_BHQK.float() - teacher_BHQK.float()).square().mean(1)
     pairs_BQK = query_mask_BQ.unsqueeze(2) & key_mask_BK.unsqueeze(1)
     return (error_BQK * pairs_BQK).sum() / _count(pairs_BQK)
+
+
+def hidden_cosine(student_BLD: Tensor, teacher_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    """1 - cosine of hidden states, mean over masked-in positions (DistilBERT's third term)."""
+    gap_BL = 1 - F.cosine_similarity(student_BLD.float(), teacher_BLD.float(), dim=-1)
+    return (gap_BL * mask_BL).sum() / _count(mask_BL)
+
+
+def soft_cross_entropy(student_BC: Tensor, teacher_BC: Tensor, temperature: float = 1.0) -> Tensor:
+    """Cross-entropy of the teacher's class probabilities, softmax(z / T), mean over examples (TinyBERT, DynaBERT)."""
+    targets_BC = (teacher_BC.float() / temperature).softmax(-1)
+    return F.cross_entropy(student_BC.float() / temperature, targets_BC)
+
+
+def attention_kl(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], mask_BL: Tensor) -> Tensor:
+    """KL(teacher || student) of softmax(q k^T / sqrt D), mean over heads and real queries of an example, then over
+    examples (MiniLM, arXiv 2002.10957). Each model: q and k `[B, H, L, D]`, the same H, each its own D.
+    """
+    if student[0].shape[1] != teacher[0].shape[1]:
+        raise ValueError(
+            f"student with {student[0].shape[1]} heads, teacher with {teacher[0].shape[1]}: attention distributions "
+            "need as many; relations (MiniLM v2) don't"
+        )
+    return _masked_kl(_relation(*student, mask_BL), _relation(*teacher, mask_BL), mask_BL)
+
+
+def relation_kl(student_BLD: Tensor, teacher_BLD: Tensor, mask_BL: Tensor, heads: int) -> Tensor:
+    """KL(teacher || student) of softmax(X X^T / sqrt d), X being queries, keys or values: mean over relation heads and
+    real positions of an example, then over examples. With the models' own heads and X their values it is MiniLM's
+    value relation (arXiv 2002.10957), with any number of heads MiniLMv2's (arXiv 2012.15828).
+
+    `heads`: into how many each width is cut, d = D / heads. Raises `ValueError` where that is no whole number.
+    """
+    split = []
+    for name, x_BLD in (("student", student_BLD), ("teacher", teacher_BLD)):
+        b, length, width = x_BLD.shape
+        if width % heads:
+            fit = [n for n in range(1, width + 1) if width % n == 0 and abs(n - heads) <= heads]
+            raise ValueError(f"{heads} relation heads don't divide the {name}'s width {width}: expected such as {fit}")
+        split.append(x_BLD.view(b, length, heads, width // heads).transpose(1, 2))
+    student, teacher = split
+    return _masked_kl(_relation(student, student, mask_BL), _relation(teacher, teacher, mask_BL), mask_BL)
+
+
+def _relation(a_BHLD: Tensor, b_BHLD: Tensor, mask_BL: Tensor) -> Tensor:
+    """Logarithms of softmax(a b^T / sqrt D) over real positions; what is masked out is very low, not minus infinity."""
+    scores_BHLL = a_BHLD.float() @ b_BHLD.float().mT * a_BHLD.shape[-1] ** -0.5
+    return scores_BHLL.masked_fill(~mask_BL.bool()[:, None, None], -1e30).log_softmax(-1)
+
+
+def _masked_kl(student_BHLL: Tensor, teacher_BHLL: Tensor, mask_BL: Tensor) -> Tensor:
+    real_BL = mask_BL.bool()
+    gap_BHLL = (teacher_BHLL.exp() * (teacher_BHLL - student_BHLL)).masked_fill(~real_BL[:, None, None], 0)
+    sum_B = (gap_BHLL.sum(-1) * real_BL[:, None]).sum((1, 2))
+    return (sum_B / (gap_BHLL.shape[1] * real_BL.sum(1).clamp_min(1))).mean()
+
+
+def paper_score_mse(student_BHQK: Tensor, teacher_BHQK: Tensor) -> Tensor:
+    """TinyBERT's attention loss as released: scores before the softmax, those up to -100 taken for 0, mean over all."""
+    student, teacher = (x.float().masked_fill(x <= -100, 0) for x in (student_BHQK, teacher_BHQK))
+    return F.mse_loss(student, teacher)
+
+
+def paper_soft_cross_entropy(student_BC: Tensor, teacher_BC: Tensor, temperature: float = 1.0) -> Tensor:
+    """TinyBERT's prediction loss as released: mean over classes too."""
+    return soft_cross_entropy(student_BC, teacher_BC, temperature) / student_BC.shape[-1]
 
 
 def paper_mse(student: Tensor, teacher: Tensor) -> Tensor:
