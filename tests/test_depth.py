@@ -9,7 +9,7 @@ from tiny_models import SEQ2SEQ, tiny_encoder, tiny_seq2seq, token_batch
 from dqbart.quant.attention import use_attention
 from dqbart.quant.layers import FakeQuantLinear, prepare
 from dqbart.recipe import Layers
-from dqbart.student.depth import layer_map, make_student, stack_maps
+from dqbart.student.depth import kept_layers, layer_map, make_student, mapped_layers, stack_maps
 
 DQ = {1: [5], 2: [0, 5], 3: [0, 2, 5], 4: [0, 2, 3, 5], 5: [0, 1, 3, 4, 5], 6: [0, 1, 2, 3, 4, 5]}
 SHLEIFER_RUSH = {
@@ -60,8 +60,51 @@ def test_what_does_not_fit() -> None:
     ]:
         with pytest.raises(ValueError, match=words):
             stack_maps(config, Layers(layers))
-    with pytest.raises(ValueError, match="architecture 'roberta' is not supported here: expected one of bart, mbart"):
-        make_student(tiny_encoder("roberta"), Layers("2"))
+    with pytest.raises(ValueError, match="architecture 'albert' is not supported here: expected one of bart, mbart"):
+        make_student(tiny_encoder("albert"), Layers("2"))
+    with pytest.raises(ValueError, match="layers '2-2': a bert model has 1 stacks; expected one number"):
+        make_student(tiny_encoder("bert"), Layers("2-2"))
+
+
+def test_maps_of_encoder_methods() -> None:
+    assert mapped_layers("uniform", 12, 4) == [2, 5, 8, 11] and mapped_layers("uniform", 6, 6) == list(range(6))
+    assert mapped_layers("top", 12, 4) == [8, 9, 10, 11] and mapped_layers("bottom", 12, 4) == [0, 1, 2, 3]
+    assert mapped_layers("spread", 12, 6) == [0, 2, 4, 7, 9, 11]  # DistilBERT's
+    assert mapped_layers((3, 3, 0), 4, 3) == [3, 3, 0]
+    assert kept_layers(12, 0.75) == [0, 1, 2, 4, 5, 6, 8, 9, 10] and kept_layers(12, 0.5) == [0, 2, 4, 6, 8, 10]
+    assert kept_layers(12, 1.0) == list(range(12)) and kept_layers(3, 1 / 3) == [0]
+    refused: list[tuple[Any, str]] = [
+        (("uniform", 12, 5), r"5 student layers don't divide the teacher's 12; expected one of \[1, 2, 3, 4, 6, 12\]"),
+        (("middle", 12, 4), "layer map 'middle': expected one of spread, uniform, top, bottom, or a list"),
+        (([0, 12], 12, 2), r"layer map \[0, 12\]: expected 2 teacher layers, each from 0 to 11"),
+        (([0], 12, 2), r"layer map \[0\]: expected 2 teacher layers"),
+        (("top", 4, 5), "layers 5: the teacher's stack has 4"),
+    ]
+    for arguments, words in refused:
+        with pytest.raises(ValueError, match=words):
+            mapped_layers(*arguments)
+    for depth in (0, 1.5, 0.1):
+        with pytest.raises(ValueError, match=rf"depth {depth} of 3 layers: expected above 0 to 1"):
+            kept_layers(3, depth)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta", "distilbert"])
+def test_shallow_encoders(kind: str) -> None:
+    """Layers from the right place, everything else whole; a student as deep as its teacher says the same."""
+    teacher = tiny_encoder(kind)
+    source = teacher.state_dict()
+    student = make_student(teacher, Layers("2")).eval()
+    layers = "transformer.layer" if kind == "distilbert" else "encoder.layer"
+    assert student.config.num_hidden_layers == 2 and teacher.config.num_hidden_layers == 3
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, source[name.replace(f"{layers}.1.", f"{layers}.2.")]), name
+    batch = token_batch([7, 3])
+    with torch.no_grad():
+        twin = make_student(teacher, Layers("3")).eval()
+        teacher.set_attn_implementation("eager")
+        assert torch.equal(twin(**batch).logits, teacher(**batch).logits)
+        assert student(**batch).logits.shape == teacher(**batch).logits.shape
+    assert prepare(student, "2-2-8")(**batch).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", SEQ2SEQ)

@@ -8,6 +8,7 @@ from first to last, `round(i * (N - 1) / (K - 1))`, halves to even.
 
 import copy
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from dqbart.recipe import Layers
@@ -21,11 +22,13 @@ TABLES: dict[int, dict[int, list[int]]] = {
     },
 }  # fmt: skip
 
-# model_type -> (module list, config field that counts it), encoder first.
-STACKS: dict[str, list[tuple[str, str]]] = {
-    "bart": [("encoder.layers", "encoder_layers"), ("decoder.layers", "decoder_layers")],
-    "mbart": [("encoder.layers", "encoder_layers"), ("decoder.layers", "decoder_layers")],
-}
+# model_type -> (module list, config field that counts it), encoder first. ALBERT's layers are one, run many times.
+_BART, _BERT = [("encoder.layers", "encoder_layers"), ("decoder.layers", "decoder_layers")], "encoder.layer"
+STACKS: dict[str, list[tuple[str, str]]] = {"bart": _BART, "mbart": _BART} | {
+    "bert": [(_BERT, "num_hidden_layers")], "roberta": [(_BERT, "num_hidden_layers")],
+    "xlm-roberta": [(_BERT, "num_hidden_layers")], "distilbert": [("transformer.layer", "n_layers")],
+}  # fmt: skip
+MAPS = ("spread", "uniform", "top", "bottom")
 
 
 def layer_map(teacher_layers: int, student_layers: int) -> list[int]:
@@ -42,6 +45,46 @@ def layer_map(teacher_layers: int, student_layers: int) -> list[int]:
     if student_layers == 1:
         return [teacher_layers - 1]
     return [round(i * (teacher_layers - 1) / (student_layers - 1)) for i in range(student_layers)]
+
+
+def mapped_layers(kind: str | Sequence[int], teacher_layers: int, student_layers: int) -> list[int]:
+    """Teacher layer, counted from 0, that each student layer is held to, by name or as given.
+
+    "spread" is `layer_map`. TinyBERT's (arXiv 1909.10351): "uniform" takes the last of each N / M teacher layers, "top"
+    the upper M, "bottom" the lower M. Raises `ValueError` for a map that doesn't fit these depths.
+    """
+    layer_map(teacher_layers, student_layers)  # the depths themselves
+    if not isinstance(kind, str):
+        given = list(kind)
+        if len(given) != student_layers or any(not 0 <= layer < teacher_layers for layer in given):
+            raise ValueError(
+                f"layer map {given}: expected {student_layers} teacher layers, each from 0 to {teacher_layers - 1}"
+            )
+        return given
+    if kind not in MAPS:
+        raise ValueError(f"layer map {kind!r}: expected one of {', '.join(MAPS)}, or a list of teacher layers")
+    each, left = divmod(teacher_layers, student_layers)
+    if kind == "uniform" and left:
+        fit = [count for count in range(1, teacher_layers + 1) if teacher_layers % count == 0]
+        raise ValueError(
+            f"layer map 'uniform': {student_layers} student layers don't divide the teacher's {teacher_layers}; "
+            f"expected one of {fit} layers, or the map 'spread'"
+        )
+    return {
+        "spread": layer_map(teacher_layers, student_layers),
+        "uniform": [i * each + each - 1 for i in range(student_layers)],
+        "top": list(range(teacher_layers - student_layers, teacher_layers)),
+        "bottom": list(range(student_layers)),
+    }[kind]
+
+
+def kept_layers(layers: int, depth: float) -> list[int]:
+    """The layers that DynaBERT (arXiv 2004.04037) keeps at a depth multiplier: floor(i / depth), as released. The
+    article's rule differs: it keeps the last layer, too. Raises `ValueError` for a depth outside (0, 1].
+    """
+    if not 0 < depth <= 1 or round(layers * depth) < 1:
+        raise ValueError(f"depth {depth!r} of {layers} layers: expected above 0 to 1, and to leave a layer")
+    return [int(i / depth) for i in range(round(layers * depth))]
 
 
 def stack_maps(config: Any, layers: Layers) -> dict[str, list[int]]:
@@ -75,14 +118,17 @@ def make_student(teacher: Any, layers: Layers) -> Any:
     maps = stack_maps(teacher.config, layers)
     config = copy.deepcopy(teacher.config)
     config._attn_implementation = "eager"
-    config.encoder_layerdrop = config.decoder_layerdrop = 0.0  # a dropped layer would shift the alignment
+    for name in ("encoder_layerdrop", "decoder_layerdrop"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)  # a dropped layer would shift the alignment
     for field, mapping in maps.items():
         setattr(config, field, len(mapping))
     student = type(teacher)(config).to(dtype=teacher.dtype)
     source = teacher.state_dict()
     student.load_state_dict({name: source[_teacher_name(name, teacher.config, maps)] for name in student.state_dict()})
     student.tie_weights()
-    student.generation_config = copy.deepcopy(teacher.generation_config)
+    if getattr(teacher, "generation_config", None) is not None:
+        student.generation_config = copy.deepcopy(teacher.generation_config)
     return student
 
 
