@@ -82,7 +82,8 @@ class Model(Passes):
         """
         kinds, (b, s) = self.sizes["token_types"], ids_BS.shape
         if types_BS is not None and kinds:
-            _check_range("token type", types_BS, kinds)
+            least, most = torch.stack([*torch.aminmax(types_BS)]).tolist()
+            _check_range("token type", least, most, kinds)
         with self._alone():
             batch = self._batch(ids_BS, length_B, types_BS if kinds else None, decoder=False)
             outside = torch.arange(s, device=self.device) >= batch.length_B[:b, None]
@@ -166,10 +167,13 @@ class Model(Passes):
     def _batch(self, ids_BS: Tensor, length_B: Tensor, types_BS: Tensor | None, decoder: bool) -> _Batch:
         """The bucket of these sources, and what it makes of them."""
         (b, s), room = ids_BS.shape, self.sizes["encoder_positions"] - self.sizes["position_offset"]
-        for i, length in enumerate(length_B.tolist()):
-            if not 1 <= length <= room:
-                raise ValueError(f"source {i} has {length} tokens: expected 1 to {room}")
-        _check_range("source id", ids_BS, self.sizes["vocabulary"])
+        # One question to the device, not one each: an encoder's call is short.
+        extremes = [*torch.aminmax(ids_BS), *torch.aminmax(length_B.to(ids_BS))]
+        least, most, shortest, longest = torch.stack(extremes).tolist()
+        if shortest < 1 or longest > room:
+            i, length = next((i, n) for i, n in enumerate(length_B.tolist()) if not 1 <= n <= room)
+            raise ValueError(f"source {i} has {length} tokens: expected 1 to {room}")
+        _check_range("source id", least, most, self.sizes["vocabulary"])
         s = min(s, room)  # the rest is padding
         shape = _bucket(b, 1, 1 << 20), _bucket(s, TOKENS, room)
 
@@ -246,8 +250,7 @@ def _padded(sources: Sequence[I32]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ids), torch.tensor([len(source) for source in sources], dtype=torch.int32)
 
 
-def _check_range(what: str, ids: Tensor, limit: int) -> None:
-    least, most = int(ids.min()), int(ids.max())
+def _check_range(what: str, least: int, most: int, limit: int) -> None:
     if least < 0 or most >= limit:
         raise ValueError(f"{what} {least if least < 0 else most}: expected 0 to {limit - 1}")
 
