@@ -98,10 +98,20 @@ def test_a_first_kernel_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch, 
 def test_no_room_on_the_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = TextModel(folder, GpuRunner(DEVICE))
 
-    def full(*_: Any, **__: Any) -> Any:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee documentation")
+    tries: list[int] = []
+    generate = model.native.generate
 
+    def full(*arguments: Any, **options: Any) -> Any:
+        tries.append(1)
+        if len(tries) != 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee documentation")
+        assert len(model.native._batches) == 0  # what earlier sizes hold is given back first
+        return generate(*arguments, **options)
+
+    model.native._batches.get("an earlier size", object)
     monkeypatch.setattr(model.native, "generate", full)
+    assert len(model.generate(**token_batch([3]), max_length=2)) == 1 and len(tries) == 2
+    tries += [1]
     with pytest.raises(MemoryError, match="no room for 2 texts of 9 tokens with 4 beams: give fewer at a time, or "):
         model.generate(**token_batch([9, 4]), num_beams=4)
 

@@ -110,6 +110,8 @@ def test_encoders_behind_transformers_classes(kind: str, tmp_path: Path, monkeyp
     real = batch["attention_mask"].bool()
     assert torch.equal(found.last_hidden_state[real], want.last_hidden_state[real])
     assert not found.last_hidden_state[~real].any()
+    longer = {name: torch.nn.functional.pad(x, (0, 60)) for name, x in batch.items()}  # more than there are positions
+    assert torch.equal(fast(**longer).last_hidden_state[:, :12], found.last_hidden_state)
     if kind == "bert":
         torch.testing.assert_close(found.pooler_output, want.pooler_output)
         with pytest.raises(ValueError, match="token type 2: expected 0 to 1"):

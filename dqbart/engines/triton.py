@@ -40,22 +40,27 @@ class GpuRunner:
 
     def hidden(self, ids_BL: Tensor, length_B: Tensor, types_BL: Tensor | None) -> Tensor:
         types = None if types_BL is None else types_BL.int()
-        return _with_room(self.model.hidden, tuple(ids_BL.shape), ids_BL.int(), length_B.int(), types)
+        return self._with_room(self.model.hidden, tuple(ids_BL.shape), ids_BL.int(), length_B.int(), types)
 
     def generate(self, sources: Sequence["I32"], **options: Any) -> tuple[list["I32"], "F32", bool]:
         shape = len(sources), max(map(len, sources))
-        return _with_room(self.model.generate, shape, sources, **options)
+        return self._with_room(self.model.generate, shape, sources, **options)
 
-
-def _with_room(call: Any, shape: tuple[int, ...], *arguments: Any, **options: Any) -> Any:
-    try:
-        return call(*arguments, **options)
-    except torch.cuda.OutOfMemoryError as error:
-        rows = f"{options['num_beams']} beams" if options.get("num_beams", 1) > 1 else "no beams"
-        raise MemoryError(
-            f"the GPU has no room for {shape[0]} texts of {shape[1]} tokens with {rows}: give fewer at a time, or "
-            f"engine 'cpu' ({str(error).splitlines()[0]})"
-        ) from None
+    def _with_room(self, call: Any, shape: tuple[int, ...], *arguments: Any, **options: Any) -> Any:
+        """The call; where memory is out, once more without the graphs of earlier sizes."""
+        try:
+            return call(*arguments, **options)
+        except torch.cuda.OutOfMemoryError:
+            self.model.forget()
+        try:
+            return call(*arguments, **options)
+        except torch.cuda.OutOfMemoryError as error:
+            self.model.forget()
+            rows = f"{options['num_beams']} beams" if options.get("num_beams", 1) > 1 else "no beams"
+            raise MemoryError(
+                f"the GPU has no room for {shape[0]} texts of {shape[1]} tokens with {rows}: give fewer at a time, or "
+                f"take engine 'cpu' ({str(error).splitlines()[0]})"
+            ) from None
 
 
 def describe() -> str:

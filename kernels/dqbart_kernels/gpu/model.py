@@ -86,9 +86,17 @@ class Model(Passes):
             _check_range("token type", least, most, kinds)
         with self._alone():
             batch = self._batch(ids_BS, length_B, types_BS if kinds else None, decoder=False)
-            outside = torch.arange(s, device=self.device) >= batch.length_B[:b, None]
-            found: Tensor = batch.result[:b, :s].masked_fill(outside[..., None], 0)
-            return found
+            found_BSD = batch.result[:b, :s]
+            inside = torch.arange(found_BSD.shape[1], device=self.device) < batch.length_B[:b, None]
+            # what is padded beyond the model's positions has no place in the bucket
+            return torch.nn.functional.pad(found_BSD * inside[..., None], (0, 0, 0, s - found_BSD.shape[1]))
+
+    def forget(self) -> None:
+        """Give the memory of all captured graphs back."""
+        with self._alone():
+            self._batches = Kept()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def generate(
         self,
