@@ -183,7 +183,8 @@ class Model(Passes):
             raise ValueError(f"source {i} has {length} tokens: expected 1 to {room}")
         _check_range("source id", least, most, self.sizes["vocabulary"])
         s = min(s, room)  # the rest is padding
-        shape = _bucket(b, 1, 1 << 20), _bucket(s, TOKENS, room)
+        # to a power of two, or from 32 on to a multiple of it, so that large batches don't double
+        shape = _bucket(b, 1, 32) if b <= 32 else triton.cdiv(b, 32) * 32, _bucket(s, TOKENS, room)
 
         def make() -> _Batch:
             ids, types = (torch.zeros(shape, dtype=torch.int32, device=self.device) for _ in range(2))
