@@ -117,7 +117,7 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
         some = dict(num_warps=8, enable_fp_fusion=False)
         yield f"one_shot_matmul bits {bits} k {k}", one_shot._one_shot_matmul, types, constants, some
     for bm, bn, warps in ((16, 16, 2), (128, 128, 8)):
-        constants = dict(BITS=4, FIELD=4, BM=bm, BN=bn, BW=64, SWAP=bm > 16, ACTIVATION=0, WIDE=False)
+        constants = dict(BITS=4, FIELD=4, BM=bm, BN=bn, BW=64, SWAP=bm > 16, ACTIVATION=0, KIND=1)
         types = dict(a="bf16", w="u8", w_scale="fp32", bias="fp32", residual="bf16", y="bf16")
         some = dict(num_warps=warps, num_stages=3)
         yield f"weight_only_matmul {bm}", weight_only._weight_only_matmul, types, constants, some

@@ -15,8 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dqbart_kernels.gpu.decode import BLOCK, activate, plane
-from dqbart_kernels.gpu.products import ACTIVATIONS, FIELD, Weight, int8_matmul_reference, uses_asm
+from dqbart_kernels.gpu.decode import BLOCK, plane
+from dqbart_kernels.gpu.products import (
+    ACTIVATIONS,
+    FIELD,
+    Weight,
+    int8_matmul_reference,
+    scale_columns,
+    store_result,
+    uses_asm,
+)
 from dqbart_kernels.gpu.rows import norm_and_quantize_reference
 
 MOST_ROWS = 8
@@ -104,13 +112,7 @@ def _one_shot_matmul(
     inside = (m < M)[:, None] & (n < N)[None, :]
     at = m[:, None] * N + n[None, :]
     y = (acc >> FIELD).to(tl.float32) * (tl.div_rn(peak, 127.0) + strange)[:, None]
-    y = y * tl.load(w_scale_ptr + n, mask=n < N, other=0)[None, :]
-    if w_bias_ptr is not None:
-        y = y + tl.load(w_bias_ptr + n, mask=n < N, other=0)[None, :]
-    y = activate(y, ACTIVATION)
-    if residual_ptr is not None:
-        y = tl.load(residual_ptr + at, mask=inside, other=0) + y
-    tl.store(y_ptr + at, y, mask=inside)
+    store_result(scale_columns(y, w_scale_ptr, w_bias_ptr, n, N), residual_ptr, y_ptr, at, inside, ACTIVATION)
 
 
 def one_shot_matmul(

@@ -24,6 +24,8 @@ from dqbart_kernels.gpu import tuned
 from dqbart_kernels.gpu.decode import BLOCK, GELU, GELU_TANH, NONE, activate, plane
 
 ACTIVATIONS = {"none": NONE.value, "gelu": GELU.value, "gelu_new": GELU_TANH.value}
+# What `multiply` takes for rows; the interpreter multiplies the bits of bf16, so there half precision is widened.
+EIGHT_BITS, HALF, HALF_AS_FLOAT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 FIELD = {8: 0, 4: 4, 2: 6, 1: 6}  # a decoded field is code * 2 ** this
 _scratch: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
 
@@ -56,6 +58,56 @@ class Tiles:
 
 
 @triton.jit
+def multiply(
+    a_ptr, w_ptr, m, n, first, last, M, N, K, W, lda,
+    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, SWAP: tl.constexpr, ASM: tl.constexpr,
+    KIND: tl.constexpr,
+):  # fmt: skip
+    """Sums [BM, BN] of rows m times packed columns n, over tiles `first` to `last` of BW bytes: int32 of int8 rows,
+    fp32 of half-precision ones. Fields keep their power of two."""
+    PLANES: tl.constexpr = 8 // BITS
+    byte = tl.arange(0, BW)
+    first_k = byte // BLOCK * (BLOCK * PLANES) + byte % BLOCK  # of plane 0
+    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.int32 if KIND == EIGHT_BITS else tl.float32)
+    for step in range(first, last):
+        at = step * BW + byte
+        packed = tl.load(w_ptr + n[:, None] * W + at[None, :], mask=(n < N)[:, None] & (at < W)[None, :], other=0)
+        for i in tl.static_range(PLANES):
+            codes = plane(packed, i, BITS, ASM)
+            k = step * (BW * PLANES) + first_k + i * BLOCK
+            a = tl.load(a_ptr + m[:, None] * lda + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)
+            if KIND == HALF:
+                codes = codes.to(tl.float32).to(a_ptr.dtype.element_ty)
+            elif KIND == HALF_AS_FLOAT:
+                codes, a = codes.to(tl.float32), a.to(tl.float32)
+            if SWAP:
+                acc = tl.dot(codes, tl.trans(a), acc, out_dtype=acc.dtype)
+            else:
+                acc = tl.dot(a, tl.trans(codes), acc, out_dtype=acc.dtype)
+    if SWAP:
+        acc = tl.trans(acc)
+    return acc
+
+
+@triton.jit
+def scale_columns(y, w_scale_ptr, bias_ptr, n, N):
+    """Times the weight's scales, plus the bias if there is one."""
+    y = y * tl.load(w_scale_ptr + n, mask=n < N, other=0)[None, :]
+    if bias_ptr is not None:
+        y = y + tl.load(bias_ptr + n, mask=n < N, other=0)[None, :]
+    return y
+
+
+@triton.jit
+def store_result(y, residual_ptr, y_ptr, at, inside, ACTIVATION: tl.constexpr):
+    """The activation, plus the residual if there is one."""
+    y = activate(y, ACTIVATION)
+    if residual_ptr is not None:
+        y = tl.load(residual_ptr + at, mask=inside, other=0).to(tl.float32) + y
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _int8_matmul(
     a_ptr,  # int8 [M, lda]
     a_scale_ptr,  # fp32 [M]
@@ -70,28 +122,13 @@ def _int8_matmul(
     BITS: tl.constexpr, FIELD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
     SPLITS: tl.constexpr, SWAP: tl.constexpr, ACTIVATION: tl.constexpr, INTEGERS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    PLANES: tl.constexpr = 8 // BITS
     tile, split = tl.program_id(0), tl.program_id(1)
     columns = tl.cdiv(N, BN)
     m = tile // columns * BM + tl.arange(0, BM)
     n = tile % columns * BN + tl.arange(0, BN)
-    byte = tl.arange(0, BW)
-    first_k = byte // BLOCK * (BLOCK * PLANES) + byte % BLOCK  # of plane 0
-    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.int32)
     steps = tl.cdiv(tl.cdiv(W, BW), SPLITS)
-    for step in range(split * steps, tl.minimum((split + 1) * steps, tl.cdiv(W, BW))):
-        at = step * BW + byte
-        packed = tl.load(w_ptr + n[:, None] * W + at[None, :], mask=(n < N)[:, None] & (at < W)[None, :], other=0)
-        for i in tl.static_range(PLANES):
-            codes = plane(packed, i, BITS, ASM)
-            k = step * (BW * PLANES) + first_k + i * BLOCK
-            a = tl.load(a_ptr + m[:, None] * lda + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)
-            if SWAP:
-                acc = tl.dot(codes, tl.trans(a), acc, out_dtype=tl.int32)
-            else:
-                acc = tl.dot(a, tl.trans(codes), acc, out_dtype=tl.int32)
-    if SWAP:
-        acc = tl.trans(acc)
+    acc = multiply(a_ptr, w_ptr, m, n, split * steps, tl.minimum((split + 1) * steps, tl.cdiv(W, BW)), M, N, K, W, lda,
+                   BITS, BM, BN, BW, SWAP, ASM, EIGHT_BITS)  # fmt: skip
     if SPLITS == 1:
         _finish(
             acc, a_scale_ptr, w_scale_ptr, bias_ptr, residual_ptr, y_ptr, m, n, M, N, ldy, FIELD, ACTIVATION, INTEGERS
@@ -105,22 +142,8 @@ def _int8_matmul(
             acc = tl.load(sums, mask=inside, other=0, cache_modifier=".cg")
             tl.store(sums, tl.zeros_like(acc), mask=inside)
             tl.store(arrived_ptr + tile, 0)
-            _finish(
-                acc,
-                a_scale_ptr,
-                w_scale_ptr,
-                bias_ptr,
-                residual_ptr,
-                y_ptr,
-                m,
-                n,
-                M,
-                N,
-                ldy,
-                FIELD,
-                ACTIVATION,
-                INTEGERS,
-            )
+            _finish(acc, a_scale_ptr, w_scale_ptr, bias_ptr, residual_ptr, y_ptr, m, n, M, N, ldy, FIELD, ACTIVATION,
+                    INTEGERS)  # fmt: skip
 
 
 @triton.jit
@@ -135,13 +158,7 @@ def _finish(
         tl.store(y_ptr + at, exact, mask=inside)
     else:
         y = exact.to(tl.float32) * tl.load(a_scale_ptr + m, mask=m < M, other=0)[:, None]
-        y = y * tl.load(w_scale_ptr + n, mask=n < N, other=0)[None, :]
-        if bias_ptr is not None:
-            y = y + tl.load(bias_ptr + n, mask=n < N, other=0)[None, :]
-        y = activate(y, ACTIVATION)
-        if residual_ptr is not None:
-            y = tl.load(residual_ptr + at, mask=inside, other=0).to(tl.float32) + y
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+        store_result(scale_columns(y, w_scale_ptr, bias_ptr, n, N), residual_ptr, y_ptr, at, inside, ACTIVATION)
 
 
 def choose_tiles(m: int, n: int, w: int, bits: int, processors: int) -> Tiles:

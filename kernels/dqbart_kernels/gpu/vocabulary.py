@@ -15,9 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dqbart_kernels.gpu.decode import BLOCK, plane
 from dqbart_kernels.gpu.head import LARGEST_K, log_sum_exp, pick_best, top_tokens_reference
-from dqbart_kernels.gpu.products import FIELD, Weight, int8_matmul_reference, uses_asm
+from dqbart_kernels.gpu.products import (
+    EIGHT_BITS,
+    FIELD,
+    Weight,
+    int8_matmul_reference,
+    multiply,
+    scale_columns,
+    uses_asm,
+)
 
 TILE = 128
 
@@ -29,29 +36,9 @@ def _logits(
     ASM: tl.constexpr,
 ):  # fmt: skip
     """fp32 [BM, BN] as `int8_matmul` makes them; minus infinity past the last token."""
-    PLANES: tl.constexpr = 8 // BITS
-    byte = tl.arange(0, BW)
-    first_k = byte // BLOCK * (BLOCK * PLANES) + byte % BLOCK  # of plane 0
-    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.int32)
-    for step in range(0, tl.cdiv(W, BW)):
-        at = step * BW + byte
-        packed = tl.load(
-            w_ptr + n.to(tl.int64)[:, None] * W + at[None, :], mask=(n < N)[:, None] & (at < W)[None, :], other=0
-        )
-        for i in tl.static_range(PLANES):
-            codes = plane(packed, i, BITS, ASM)
-            k = step * (BW * PLANES) + first_k + i * BLOCK
-            a = tl.load(a_ptr + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)
-            if SWAP:
-                acc = tl.dot(codes, tl.trans(a), acc, out_dtype=tl.int32)
-            else:
-                acc = tl.dot(a, tl.trans(codes), acc, out_dtype=tl.int32)
-    if SWAP:
-        acc = tl.trans(acc)
-    x = (acc >> FIELD).to(tl.float32) * a_scale[:, None]
-    x = x * tl.load(w_scale_ptr + n, mask=n < N, other=0)[None, :]
-    if bias_ptr is not None:
-        x = x + tl.load(bias_ptr + n, mask=n < N, other=0)[None, :]
+    acc = multiply(a_ptr, w_ptr, m, n.to(tl.int64), 0, tl.cdiv(W, BW), M, N, K, W, K, BITS, BM, BN, BW, SWAP, ASM,
+                   EIGHT_BITS)  # fmt: skip
+    x = scale_columns((acc >> FIELD).to(tl.float32) * a_scale[:, None], w_scale_ptr, bias_ptr, n, N)
     return tl.where((n < N)[None, :], x, float("-inf"))
 
 

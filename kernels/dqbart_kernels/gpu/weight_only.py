@@ -14,8 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dqbart_kernels.gpu.decode import BLOCK, activate, plane
-from dqbart_kernels.gpu.products import ACTIVATIONS, FIELD, Weight, unpack, uses_asm
+from dqbart_kernels.gpu.products import (
+    ACTIVATIONS,
+    FIELD,
+    HALF,
+    HALF_AS_FLOAT,
+    Weight,
+    multiply,
+    scale_columns,
+    store_result,
+    unpack,
+    uses_asm,
+)
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -30,41 +40,15 @@ def _weight_only_matmul(
     y_ptr,  # [M, N], as a
     M, N, K, W,
     BITS: tl.constexpr, FIELD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
-    SWAP: tl.constexpr, ACTIVATION: tl.constexpr, ASM: tl.constexpr, WIDE: tl.constexpr,
+    SWAP: tl.constexpr, ACTIVATION: tl.constexpr, ASM: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    PLANES: tl.constexpr = 8 // BITS
     columns = tl.cdiv(N, BN)
     m = tl.program_id(0) // columns * BM + tl.arange(0, BM)
     n = tl.program_id(0) % columns * BN + tl.arange(0, BN)
-    byte = tl.arange(0, BW)
-    first_k = byte // BLOCK * (BLOCK * PLANES) + byte % BLOCK  # of plane 0
-    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
-    for step in range(0, tl.cdiv(W, BW)):
-        at = step * BW + byte
-        packed = tl.load(w_ptr + n[:, None] * W + at[None, :], mask=(n < N)[:, None] & (at < W)[None, :], other=0)
-        for i in tl.static_range(PLANES):
-            codes = plane(packed, i, BITS, ASM).to(tl.float32)
-            k = step * (BW * PLANES) + first_k + i * BLOCK
-            a = tl.load(a_ptr + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)
-            if WIDE:
-                a = a.to(tl.float32)
-            else:
-                codes = codes.to(a_ptr.dtype.element_ty)
-            if SWAP:
-                acc = tl.dot(codes, tl.trans(a), acc)
-            else:
-                acc = tl.dot(a, tl.trans(codes), acc)
-    if SWAP:
-        acc = tl.trans(acc)
+    acc = multiply(a_ptr, w_ptr, m, n, 0, tl.cdiv(W, BW), M, N, K, W, K, BITS, BM, BN, BW, SWAP, ASM, KIND)
+    y = scale_columns(acc * (1.0 / (1 << FIELD)), w_scale_ptr, bias_ptr, n, N)
     inside = (m < M)[:, None] & (n < N)[None, :]
-    place = m[:, None] * N + n[None, :]
-    y = acc * (tl.load(w_scale_ptr + n, mask=n < N, other=0) * (1.0 / (1 << FIELD)))[None, :]
-    if bias_ptr is not None:
-        y = y + tl.load(bias_ptr + n, mask=n < N, other=0)[None, :]
-    y = activate(y, ACTIVATION)
-    if residual_ptr is not None:
-        y = tl.load(residual_ptr + place, mask=inside, other=0).to(tl.float32) + y
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+    store_result(y, residual_ptr, y_ptr, m[:, None] * N + n[None, :], inside, ACTIVATION)
 
 
 def weight_only_matmul(
@@ -86,8 +70,7 @@ def weight_only_matmul(
             a_MK, weight.packed_NW, weight.scale_N, bias_N, residual_MN, y_MN, m, n, weight.k,
             weight.packed_NW.shape[1], BITS=weight.bits, FIELD=FIELD[weight.bits], BM=bm, BN=bn, BW=64,
             SWAP=m > 16, ACTIVATION=ACTIVATIONS[activation], ASM=uses_asm(a_MK.device),
-            WIDE=a_MK.device.type == "cpu",  # the interpreter multiplies the bits of bf16
-            num_warps=warps, num_stages=3,
+            KIND=(HALF_AS_FLOAT if a_MK.device.type == "cpu" else HALF).value, num_warps=warps, num_stages=3,
         )  # fmt: skip
     return y_MN
 
