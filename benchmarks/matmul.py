@@ -388,6 +388,9 @@ def main() -> int:
         try:
             ledger = Ledger(args.out or (Path(scratch) if args.quick else RESULTS) / "matmul.json", KEYS)
             wrong = measure_all(ledger, args)
+        except KeyboardInterrupt:
+            print("interrupted: finished rows are kept; the same command goes on", file=sys.stderr)
+            return 130
         except (ValueError, OSError) as error:
             print(error, file=sys.stderr)
             return 2
