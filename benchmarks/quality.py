@@ -167,12 +167,12 @@ def run_sensitivity(cells: Sequence[Cell], ledger: Ledger, only: str) -> None:
             continue
         recipe = Recipe.from_dict(cell.recipe)
         say(f"{cell.key['task']}, {cell.key['bits']}, {cell.key['numerics']}: one part at a time")
-        teacher, tokenizer = load_teacher(cell.teacher, None, None)
+        teacher, tokenizer, _ = load_teacher(cell.teacher, None, None)
         examples = read_split(cell.data, recipe, "validation")
         found = sensitivity(teacher, tokenizer, examples, recipe, score_outputs=True, limit=recipe.dev_subset)
         for row in found:
             ledger.add(
-                {"task": cell.key["task"], "numerics": cell.key["numerics"], "metric": MAIN[recipe.metric], **row}
+                {"task": cell.key["task"], "numerics": cell.key["numerics"], "metric": MAIN[recipe.scored_by], **row}
             )
 
 

@@ -51,7 +51,7 @@ def run_cell(folder: Path) -> None:
 
 
 def _teacher(cell: Row, recipe: Recipe, folder: Path, device: str) -> Row:
-    model, tokenizer = load_teacher(cell["teacher"], None, device)
+    model, tokenizer, _ = load_teacher(cell["teacher"], None, device)
     row, _, _ = _score(model, tokenizer, cell, recipe, folder)
     size = sum(t.numel() * 4 for name, t in model.state_dict().items() if name not in model.all_tied_weights_keys)
     row |= {"teacher_score": row["score"], "retention": 1.0, "file_bytes": size, "teacher_bytes": size}
@@ -112,11 +112,11 @@ def _score(model: Any, tokenizer: Any, cell: Row, recipe: Recipe, folder: Path) 
     targets = examples.targets or []
     texts, settings = write_outputs(model, tokenizer, examples.sources, recipe.resolve(model.config))
     references: Any = examples.references or targets
-    found = metrics.score(recipe.metric, texts, references, language=recipe.language, generation=settings)
+    found = metrics.score(recipe.scored_by, texts, references, language=recipe.language, generation=settings)
     with (folder / "outputs.jsonl").open("w", encoding="utf-8") as file:
         for source, reference, output in zip(examples.sources, targets, texts, strict=True):
             file.write(json.dumps({"source": source, "reference": reference, "output": output}) + "\n")
-    main = MAIN[recipe.metric]
+    main = MAIN[recipe.scored_by]
     row = {
         "score": found.value, "metric": main, "interval": found.intervals[main], "values": found.values,
         "intervals": found.intervals, "examples": found.n, "definition": found.definition, "generation": settings,
@@ -129,10 +129,10 @@ def retention_interval(recipe: Recipe, ours: list[str], theirs: list[str], refer
 
     None where the teacher may score 0. Raises `ValueError` for lists of different lengths.
     """
-    value: Callable[[Any], float] = metrics.bleu_of_sums if recipe.metric == "bleu" else _only
+    value: Callable[[Any], float] = metrics.bleu_of_sums if recipe.scored_by == "bleu" else _only
 
     def statistics(texts: list[str]) -> Any:
-        if recipe.metric == "bleu":
+        if recipe.scored_by == "bleu":
             return metrics.bleu_statistics(texts, references, language=recipe.language)
         return metrics.rouge_per_example(texts, references, language=recipe.language)[MAIN["rouge"]][:, None]
 

@@ -147,7 +147,7 @@ def run_compress(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_eval(args: argparse.Namespace) -> dict[str, Any]:
-    from dqbart.evaluation.run import evaluate
+    from dqbart.tasks.run import evaluate
 
     result, rows = evaluate(
         args.model, args.data, split=args.split, metric=args.metric, source_column=args.source_column,
@@ -161,7 +161,7 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_generate(args: argparse.Namespace) -> dict[str, Any]:
-    from dqbart.evaluation.run import write_texts
+    from dqbart.tasks.run import write_texts
 
     texts = args.text if args.text is not None else [line for line in sys.stdin.read().splitlines() if line.strip()]
     written = write_texts(args.model, texts, generation=_json_object(args.generation), device=args.device)

@@ -24,8 +24,8 @@ def demo(output: Path, *, bits: str = "2-2-8", layers: str = "3-2", **changes: A
     `output/data` is harvested unless it is there already. `changes` go into the recipe. Returns the last line's
     values: sizes, dev and test scores.
     """
-    from dqbart.evaluation.run import evaluate
     from dqbart.pipeline import compress
+    from dqbart.tasks.run import evaluate
 
     data = output / "data"
     if not all((data / f"{split}.jsonl").exists() for split in ("train", "validation", "test")):

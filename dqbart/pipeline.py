@@ -16,9 +16,6 @@ from typing import Any
 from dqbart.recipe import Recipe
 from dqbart.run import Run, data_fingerprint, teacher_fingerprint
 
-GATE_INPUTS = 16
-DEV_HELD_OUT = 500
-
 
 @dataclass(frozen=True)
 class Result:
@@ -42,7 +39,9 @@ class Result:
             "output": str(self.folder),
             "file_bytes": self.report["sizes"]["file_bytes"],
             "ratio_to_fp32": self.report["sizes"]["ratio_to_fp32"],
-            "scores": {who: scores[who]["values"] for who in ("teacher", "student")} if scores else None,
+            "scores": {who: scores[who]["values"] for who in ("teacher", "student") if who in scores}
+            if scores
+            else None,
             "seconds": self.report["seconds"],
         }
 
@@ -60,15 +59,18 @@ def compress(
     output: str | Path,
     recipe: Recipe | str = "small",
     dev_data: Any = None,
+    student: str | Path | None = None,
     tokenizer: Any = None,
     overwrite: bool = False,
     device: str | None = None,
 ) -> Result:
-    """Compress a BART or mBART checkpoint into a packed folder.
+    """Compress a checkpoint, BART, mBART or an encoder of the BERT family, into a packed folder.
 
     `teacher`, `tokenizer`: path, hub id or objects. `data`: file, folder, hub id, `datasets.Dataset` or rows; its
     validation split, `dev_data` or a held-out part selects and scores the student. `recipe`: a `Recipe` or a
-    preset's name. With `epochs=0` no training is done and no data is needed.
+    preset's name. `student`: a float checkpoint that the student starts as, such as the folder of an earlier run with
+    bits 32-32-32; by default layers of the teacher. With `epochs=0` no training is done and no data is needed. With
+    bits 32-32-32 the folder is a plain transformers checkpoint.
 
     Raises `ValueError`, `FileNotFoundError` or `FileExistsError`, one line, for whatever doesn't fit, before
     anything is written; `GateError` if the packed folder doesn't behave as the student.
@@ -76,41 +78,45 @@ def compress(
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     output = Path(os.path.abspath(output))
     say(f"teacher {teacher if isinstance(teacher, str | Path) else type(teacher).__name__}")
-    from dqbart.data.batches import set_languages
-    from dqbart.data.splits import read_training_data
+    from dqbart.packed.gate import check_in_fresh_process
     from dqbart.student.depth import stack_maps
-    from dqbart.teacher import load_teacher
+    from dqbart.tasks import open_task
+    from dqbart.teacher import load_student, load_teacher
 
-    model, tokenizer = load_teacher(teacher, tokenizer, device)
-    recipe = recipe.resolve(model.config)
-    maps = stack_maps(model.config, recipe.layers)  # type: ignore[arg-type]
-    set_languages(tokenizer, recipe.source_lang, recipe.target_lang)
-    train, dev = read_training_data(data, dev_data, recipe, DEV_HELD_OUT)
-    run = Run.open(
-        output,
-        {"recipe": recipe.to_dict(), "teacher": teacher_fingerprint(model), "data": data_fingerprint(train, dev)},
-        overwrite,
-    )
+    model, tokenizer, known_task = load_teacher(teacher, tokenizer, device, recipe.task, seed=recipe.seed)
+    start: Any = load_student(student, model, recipe, known_task) if student is not None else None
+    recipe = recipe.resolve(model.config, known_task, None if start is None else start.config)
+    task = open_task(recipe, tokenizer)
+    train, dev = task.read(data, dev_data)
+    model = task.adapt(model, train, dev)
+    start = task.adapt(start, train, dev) if start is not None else None
+    assert recipe.layers is not None
+    maps = stack_maps(model.config, recipe.layers, recipe.layer_map)
+    identity = {"recipe": recipe.to_dict(), "teacher": teacher_fingerprint(model), "data": data_fingerprint(train, dev)}
+    if start is not None:
+        identity["student"] = teacher_fingerprint(start)
+    run = Run.open(output, identity, overwrite)
     if run.finished is not None:
         say(f"{output}: already done with this recipe, teacher and data; overwrite it to do it again")
         return Result(output, run.finished)
-    say(f"student {recipe.bits} bits, {recipe.layers} layers, copied from teacher layers {_shown(maps)}")
+    say(f"student {recipe.bits} bits, {recipe.layers} layers, {_origin(recipe, maps, student)}")
     seconds: dict[str, float] = {}
-    student = _student(model, recipe, device)
+    small = _student(model, start, recipe)
     if train is not None and (recipe.epochs > 0 or recipe.max_steps > 0):
         with _timed(seconds, "training"):
-            if not _distil(model, student, tokenizer, train, dev, recipe, maps, run, device):
+            if not _distil(model, small, task, train, dev, recipe, maps, run, device):
                 return Result(output, {})  # another process of the same run does the rest
     with _timed(seconds, "packing"):
-        staged = _pack(student, tokenizer, model, recipe, run)
-        gate = _gate(student.to("cpu"), tokenizer, staged, dev or train, recipe)
-    say(f"gate: a fresh process gives logits within {gate['max_logit_difference']:.1e} and the same greedy ids")
+        task.settle(small, model)
+        staged = _pack(small, tokenizer, recipe, run)
+        gate = check_in_fresh_process(small.to("cpu"), staged, task.probe(small, dev or train))
+    say(f"gate: a fresh process gives logits within {gate['max_logit_difference']:.1e}{_and_ids(gate)}")
     report = _report(model, recipe, maps, staged, gate, seconds)
     if train is not None or dev is not None:
         report["data"] = _described(data if data is not None else dev_data, train, dev)
-    if dev is not None:
+    if dev is not None and task.is_scored(dev):
         with _timed(seconds, "scoring"):
-            report["scores"] = _scores(model, tokenizer, staged, dev, recipe, device)
+            report["scores"] = _scores(model, task, staged, dev, recipe)
     from dqbart.evaluation import card
 
     card.write(staged, report, str(teacher) if isinstance(teacher, str | Path) else None, output.name)
@@ -130,8 +136,15 @@ def _described(data: Any, train: Any, dev: Any) -> dict[str, Any]:
     }
 
 
-def _shown(maps: dict[str, list[int]]) -> str:
-    return ", ".join(f"{field.removesuffix('_layers')} {mapping}" for field, mapping in maps.items())
+def _origin(recipe: Recipe, maps: dict[str, list[int]], student: str | Path | None) -> str:
+    shown = ", ".join(f"{field.removesuffix('_layers')} {mapping}" for field, mapping in maps.items())
+    if student is not None:
+        return f"begun as {student}, held to teacher layers {shown}"
+    return f"{'held to' if recipe.is_narrow else 'copied from'} teacher layers {shown}"
+
+
+def _and_ids(gate: dict[str, Any]) -> str:
+    return " and the same greedy ids" if gate["greedy_ids_equal"] else ""
 
 
 class _timed:
@@ -147,13 +160,20 @@ class _timed:
         self.seconds[self.name] = round(time.perf_counter() - self.start, 1)
 
 
-def _student(teacher: Any, recipe: Recipe, device: str | None) -> Any:
+def _student(teacher: Any, start: Any, recipe: Recipe) -> Any:
+    from transformers import set_seed
+
     from dqbart.quant.attention import use_attention
     from dqbart.quant.layers import prepare
     from dqbart.student.depth import make_student
 
+    assert recipe.layers is not None
     use_attention(teacher)
-    student = make_student(teacher, recipe.layers)  # type: ignore[arg-type]
+    set_seed(recipe.seed)  # of what is not copied
+    student = start if start is not None else make_student(
+        teacher, recipe.layers, recipe.layer_map, hidden_size=recipe.hidden_size, heads=recipe.heads,
+        intermediate_size=recipe.intermediate_size,
+    )  # fmt: skip
     use_attention(student)
     if recipe.bits.quantized:
         prepare(
@@ -163,101 +183,72 @@ def _student(teacher: Any, recipe: Recipe, device: str | None) -> Any:
 
 
 def _distil(
-    teacher: Any, student: Any, tokenizer: Any, train: Any, dev: Any, recipe: Recipe, maps: Any, run: Run,
+    teacher: Any, student: Any, task: Any, train: Any, dev: Any, recipe: Recipe, maps: Any, run: Run,
     device: str | None,
 ) -> bool:  # fmt: skip
     """Train the student in place; true in the process that carries on afterwards."""
     from accelerate import PartialState
 
-    from dqbart.data.batches import Collator, encode_pairs
-    from dqbart.data.pseudo import write_targets
     from dqbart.distill import trainer
-    from dqbart.distill.objective import Objective
-    from dqbart.evaluation.generate import write_outputs
-    from dqbart.evaluation.metrics import score
+    from dqbart.distill.objective import open_objective
 
     state = PartialState(cpu=device == "cpu")
-    languages: dict[str, Any] = {"source_lang": recipe.source_lang, "target_lang": recipe.target_lang}
-    targets = train.targets
-    if targets is None:
-        with state.main_process_first():
-            targets = write_targets(
-                teacher, tokenizer, train.sources, cache_dir=run.work / "targets", generation=recipe.generation,
-                max_target_length=recipe.max_target_length, batch_size=recipe.eval_batch_size,
-                max_source_length=recipe.max_source_length, source_prefix=recipe.source_prefix, **languages,
-            )  # fmt: skip
-    pairs = encode_pairs(
-        tokenizer, train.sources, targets, max_source_length=recipe.max_source_length,
-        max_target_length=recipe.max_target_length, source_prefix=recipe.source_prefix, **languages,
-    )  # fmt: skip
-    say(f"training data: {pairs}")
-    subset = dev.select(range(min(recipe.dev_subset, len(dev)))) if dev is not None else None
-
-    def dev_score(model: Any) -> dict[str, float]:
-        assert subset is not None
-        written, _ = write_outputs(model, tokenizer, subset.sources, recipe)
-        return score(recipe.metric, written, subset.references or subset.targets, language=recipe.language).values
-
-    arguments = trainer.training_arguments(recipe, run.work, len(pairs), device)
-    distiller = trainer.DistillationTrainer(
-        model=student, teacher=teacher, objective=Objective(recipe, maps), args=arguments, train_dataset=pairs,
-        data_collator=Collator(tokenizer.pad_token_id), dev_score=dev_score if subset is not None else None,
-    )  # fmt: skip
-    trainer.train(distiller)
+    rows, collator = task.training_set(train, teacher, run.work)
+    say(f"training data: {rows}")
+    subset = None
+    if dev is not None and task.is_scored(dev):
+        subset = dev.select(range(min(recipe.dev_subset, len(dev))))
+    stages = recipe.stages()
+    for number, stage in enumerate(stages, 1):
+        folder = run.work if len(stages) == 1 else run.work / f"stage-{number}"
+        if len(stages) > 1:
+            say(f"stage {number} of {len(stages)}: {stage.method}, losses {', '.join(stage.terms)}")
+        trainer.train(
+            trainer.DistillationTrainer(
+                model=student, teacher=teacher, objective=open_objective(stage, maps, student, teacher),
+                args=trainer.training_arguments(stage, folder, len(rows), device), train_dataset=rows,
+                data_collator=collator,
+                dev_score=(lambda model: task.score(model, subset).score) if subset is not None else None,
+            )
+        )  # fmt: skip
     state.wait_for_everyone()
     return bool(state.is_main_process)
 
 
-def _pack(student: Any, tokenizer: Any, teacher: Any, recipe: Recipe, run: Run) -> Path:
+def _pack(student: Any, tokenizer: Any, recipe: Recipe, run: Run) -> Path:
     import torch
 
-    from dqbart.evaluation.generate import effective_generation
     from dqbart.packed.checkpoint import round_floats_, save_packed
+    from dqbart.packed.plain import save_plain
 
-    settings = effective_generation(
-        teacher, recipe.generation, tokenizer=tokenizer, target_lang=recipe.target_lang,
-        max_target_length=recipe.max_target_length,
-    )  # fmt: skip
-    student.generation_config.update(**settings)  # so that plain .generate() does what was scored
-    dtype = getattr(torch, recipe.float_dtype)
     student.eval().requires_grad_(False)
-    round_floats_(student, dtype)
     staged = run.work / "packed"
     if staged.exists():
         shutil.rmtree(staged)
+    if not recipe.bits.quantized:
+        return save_plain(student, staged, recipe=recipe.to_yaml(), tokenizer=tokenizer)
+    dtype = getattr(torch, recipe.float_dtype)
+    round_floats_(student, dtype)
     return save_packed(
         student, staged, recipe=recipe.to_yaml(), tokenizer=tokenizer, storage=recipe.storage, float_dtype=dtype
     )
 
 
-def _gate(student: Any, tokenizer: Any, staged: Path, examples: Any, recipe: Recipe) -> dict[str, Any]:
-    from dqbart.packed.gate import check_in_fresh_process, probe_inputs
-
-    texts = examples.sources[:GATE_INPUTS] if examples is not None else []
-    inputs = probe_inputs(student, tokenizer, [recipe.source_prefix + t for t in texts], recipe.max_source_length)
-    return check_in_fresh_process(student, staged, inputs)
-
-
-def _scores(teacher: Any, tokenizer: Any, staged: Path, dev: Any, recipe: Recipe, device: str | None) -> dict[str, Any]:
-    """Teacher and packed model on the whole dev set, decoded with the same settings."""
+def _scores(teacher: Any, task: Any, staged: Path, dev: Any, recipe: Recipe) -> dict[str, Any]:
+    """Teacher, if it was one, and packed model on the whole dev set, decoded with the same settings."""
     from dqbart.engines import load
-    from dqbart.evaluation.generate import write_outputs
-    from dqbart.evaluation.metrics import score
 
-    scores: dict[str, Any] = {"examples": len(dev)}
-    packed, settings = load(staged, device=teacher.device), None
-    for name, model in (("teacher", teacher.eval()), ("student", packed)):
-        say(f"{name} writes {len(dev):,} dev outputs")
-        written, settings = write_outputs(model, tokenizer, dev.sources, recipe, generation=settings)
-        result = score(
-            recipe.metric, written, dev.references or dev.targets, language=recipe.language, generation=settings
-        )
-        say(f"{name}: {result}")
-        scores[name] = result.to_dict()
-        scores.setdefault(
-            "outputs", [{"source": s, "reference": t} for s, t in zip(dev.sources[:10], dev.targets[:10], strict=True)]
-        )
-        for row, text in zip(scores["outputs"], written, strict=False):
+    packed = load(staged, device=teacher.device)
+    models = {"student": packed} if recipe.method == "finetune" else {"teacher": teacher.eval(), "student": packed}
+    scores: dict[str, Any] = {"examples": len(dev), "outputs": task.shown(dev.select(range(min(10, len(dev)))))}
+    settings = None
+    for name, model in models.items():
+        say(f"{name}: {len(dev):,} dev examples")
+        outcome = task.score(model, dev, settings=settings)
+        settings = outcome.score.generation
+        say(f"{name}: {outcome.score}")
+        scores[name] = outcome.score.to_dict()
+        for row, text in zip(scores["outputs"], outcome.outputs, strict=False):
             row[name] = text
     return scores
 

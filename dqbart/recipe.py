@@ -8,7 +8,6 @@ learning rate left out) are filled in by `Recipe.resolve` before anything runs.
 
 import dataclasses
 import difflib
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +16,25 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from dqbart.methods import BOTH, METHODS, OF_ENCODER_DECODERS, OF_ENCODERS, PAPER_LOSSES, LossWeights, number
+
+__all__ = ["Bits", "Layers", "LossWeights", "PAPER_LOSSES", "PRESETS", "Recipe", "read_yaml"]
+
 WEIGHT_BITS = (1, 2, 3, 4, 8, 32)
 ACTIVATION_BITS = (8, 32)
 
 T = TypeVar("T")
+
+# What a task is scored by; the first is the default.
+METRICS = {
+    "seq2seq": ("rouge", "bleu"),
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("spearman", "pearson"),
+    "questions": ("f1", "exact_match"),
+    "text": ("loss", "accuracy"),
+    "sentences": ("spearman", "pearson"),
+    "s2s": ("rouge", "bleu"),
+}
 
 # Low bits rebuild weights instead of rounding them, and want a larger step (TBT's scripts, ParetoQ).
 LEARNING_RATE = {1: 2.5e-4, 2: 3e-4, 3: 1.5e-4, 4: 1e-4, 8: 5e-5, 32: 5e-5}
@@ -29,18 +43,6 @@ LEARNING_RATE = {1: 2.5e-4, 2: 3e-4, 3: 1.5e-4, 4: 1e-4, 8: 5e-5, 32: 5e-5}
 def _suggest(name: str, allowed: list[str]) -> str:
     close = difflib.get_close_matches(name, allowed, n=1)
     return f"did you mean {close[0]!r}? " if close else ""
-
-
-def _number(name: str, value: Any) -> Any:
-    """YAML 1.1 reads 3e-5 as text: make it the number it is. Raises `ValueError` for other text, NaN, infinity."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise ValueError(f"{name} {value!r}: expected a number") from None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} {value!r}: expected a finite number")
-    return value
 
 
 @dataclass(frozen=True)
@@ -102,31 +104,6 @@ class Layers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossWeights:
-    """Weight of each distillation term; 0 leaves the term out (and its tensors uncomputed)."""
-
-    task: float = 0.2
-    logits: float = 1.0
-    encoder_attention: float = 0.0
-    decoder_attention: float = 0.0
-    cross_attention: float = 0.0
-    encoder_hidden: float = 0.0
-    decoder_hidden: float = 0.0
-
-    def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            object.__setattr__(self, f.name, _number(f"losses.{f.name}", getattr(self, f.name)))
-        for name, value in dataclasses.asdict(self).items():
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e6:
-                raise ValueError(f"losses.{name} {value!r}: expected a number of at least 0")
-        if not any(dataclasses.asdict(self).values()):
-            raise ValueError("losses: all weights are 0; give at least one of them a positive weight")
-
-
-PAPER_LOSSES = LossWeights(**{f.name: 1.0 for f in dataclasses.fields(LossWeights)})
-
-
-@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One compression run. Keyword-only; strings are accepted for `bits` and `layers`.
 
@@ -142,13 +119,24 @@ class Recipe:
     storage: Literal["planar32", "trits"] = "planar32"  # trits: 1.6 bits per ternary weight on disk
     float_dtype: Literal["float16", "float32"] = "float16"  # positions, norms and biases on disk
 
-    # What it learns from
-    losses: LossWeights = LossWeights()
+    # Its shape, where an encoder is to be narrower than its teacher; None: as the teacher
+    hidden_size: int | None = None
+    heads: int | None = None
+    intermediate_size: int | None = None
+
+    # What it learns from; None: as the method has it (dqbart/methods.py)
+    task: str | None = None  # None: as the teacher's architecture says
+    method: str = "dq"
+    losses: LossWeights = None  # type: ignore[assignment]
+    layer_map: str | tuple[int, ...] = None  # type: ignore[assignment]  # spread, uniform, top, bottom, or teacher layers counted from 0
+    teacher_layer: int | None = None  # that MiniLM's relations look at, counted from 1; None: the last
+    relation_heads: int | None = None  # of MiniLM's relations; None: as many as the teacher has heads
     logits_loss: Literal["kl", "mse"] = "kl"
-    temperature: float = 1.0
+    temperature: float = None  # type: ignore[assignment]
 
     # How long and how fast it learns
     epochs: float = 3.0  # 0: quantize without training
+    prediction_epochs: float = 3.0  # of a method's second part, where it has one
     max_steps: int = 0  # above 0 it wins over epochs
     learning_rate: float | None = None  # None: by bits and width, see resolve()
     batch_size: int = 32
@@ -160,8 +148,9 @@ class Recipe:
     bf16: bool = False
     seed: int = 28
 
-    # Data
+    # Data; an encoder's text or first sentence is its source, its label is its target
     source_column: str | None = None
+    pair_column: str | None = None
     target_column: str | None = None
     source_prefix: str = ""
     source_lang: str | None = None
@@ -170,7 +159,7 @@ class Recipe:
     max_target_length: int = 128
 
     # Model selection and scores
-    metric: Literal["rouge", "bleu"] = "rouge"
+    metric: str | None = None  # None: the first of METRICS for the task
     language: str = "en"  # of the target text: rouge stems English only
     evaluations: int = 4  # dev decodings during training, the last step included
     dev_subset: int = 200
@@ -181,22 +170,48 @@ class Recipe:
         for name, kind in (("bits", Bits), ("layers", Layers)):
             if isinstance(getattr(self, name), str | int):
                 object.__setattr__(self, name, kind(str(getattr(self, name))))
-        if isinstance(self.losses, dict):
-            object.__setattr__(self, "losses", _build(LossWeights, self.losses, "losses."))
+        self._fill_from_method()
         skip = (self.skip,) if isinstance(self.skip, str) else self.skip
         if not isinstance(skip, list | tuple) or not all(isinstance(pattern, str) for pattern in skip):
             raise ValueError(f"skip {self.skip!r}: expected a list of module name patterns")
         object.__setattr__(self, "skip", tuple(skip))
         for f in dataclasses.fields(self):
             if float in (_HINTS[f.name], *get_args(_HINTS[f.name])):
-                object.__setattr__(self, f.name, _number(f.name, getattr(self, f.name)))
+                object.__setattr__(self, f.name, number(f.name, getattr(self, f.name)))
             _check_type(f.name, getattr(self, f.name), _HINTS[f.name])
         self._check_ranges()
 
+    def _fill_from_method(self) -> None:
+        if not isinstance(self.method, str) or self.method not in METHODS:
+            close = _suggest(str(self.method), list(METHODS))
+            raise ValueError(f"method {self.method!r}: {close}expected one of {', '.join(METHODS)}")
+        method = METHODS[self.method]
+        for name, value in (dict(temperature=1.0, layer_map="spread") | method.settings).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if isinstance(self.layer_map, list):
+            object.__setattr__(self, "layer_map", tuple(self.layer_map))
+        if self.losses is None:
+            object.__setattr__(self, "losses", method.losses)
+        elif isinstance(self.losses, dict):
+            object.__setattr__(self, "losses", _build(LossWeights, method.losses.to_dict() | self.losses, "losses."))
+
     def _check_ranges(self) -> None:
+        for name in ("hidden_size", "heads", "intermediate_size", "teacher_layer", "relation_heads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)!r}: expected at least 1")
+        if self.task is not None and self.task not in METRICS:
+            close = _suggest(self.task, list(METRICS))
+            raise ValueError(f"task {self.task!r}: {close}expected one of {', '.join(METRICS)}")
+        known = METRICS[self.task] if self.task else sorted({m for metrics in METRICS.values() for m in metrics})
+        if self.metric is not None and self.metric not in known:
+            of = f" of task {self.task!r}" if self.task else ""
+            raise ValueError(f"metric {self.metric!r}{of}: expected one of {', '.join(known)}")
+        if isinstance(self.layer_map, tuple) and not all(type(layer) is int for layer in self.layer_map):
+            raise ValueError(f"layer_map {list(self.layer_map)!r}: expected teacher layers, counted from 0")
         at_least = {
-            "epochs": 0, "max_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "evaluations": 0,
-            "batch_size": 1, "gradient_accumulation": 1, "dev_subset": 1, "eval_batch_size": 1,
+            "epochs": 0, "prediction_epochs": 0, "max_steps": 0, "weight_decay": 0, "max_grad_norm": 0,
+            "evaluations": 0, "batch_size": 1, "gradient_accumulation": 1, "dev_subset": 1, "eval_batch_size": 1,
             "max_source_length": 2, "max_target_length": 2,
         }  # fmt: skip
         for name, low in at_least.items():
@@ -255,33 +270,100 @@ class Recipe:
         values["bits"] = self.bits.text
         values["layers"] = self.layers.text if self.layers else None
         values["skip"] = list(self.skip)
+        if isinstance(self.layer_map, tuple):
+            values["layer_map"] = list(self.layer_map)
         return values
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
-    def resolve(self, config: Any) -> "Recipe":
-        """Fill what depends on the teacher's transformers config: layers, learning rate, lengths.
+    @property
+    def scored_by(self) -> str:
+        """The metric that models are chosen by."""
+        return self.metric or METRICS[self.task or "seq2seq"][0]
 
-        Lengths are cut to the positions that the model has.
+    @property
+    def terms(self) -> dict[str, float]:
+        """The loss terms that take part, with their weights."""
+        return self.losses.used()
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the student's shape is asked to be another than the teacher's, in more than its depth."""
+        return any(x is not None for x in (self.hidden_size, self.heads, self.intermediate_size))
+
+    def resolve(self, config: Any, task: str | None = None, student: Any = None) -> "Recipe":
+        """Fill what depends on the teacher's transformers config: task, metric, layers, learning rate, lengths.
+
+        `task`: the teacher's, where the recipe doesn't say. `student`: the config of what the student starts as, if
+        that is no copy. Lengths are cut to the positions that the model has.
         The rate is a base by weight bits, times sqrt(768 / width): narrow models take larger steps
-        (4+4 layers of width 256 did best near 5e-4 at two bits).
+        (4+4 layers of width 256 did best near 5e-4 at two bits). Raises `ValueError` where method, task and losses
+        are for other models.
         """
+        task = self.task or task or ("seq2seq" if config.is_encoder_decoder else "text")
+        self._check_family(config, task)
         positions = config.max_position_embeddings
+        if config.model_type in ("roberta", "xlm-roberta"):
+            positions -= config.pad_token_id + 1  # theirs begin after the padding token's
         changes: dict[str, Any] = {
+            "task": task,
+            "metric": self.metric or METRICS[task][0],
             "max_source_length": min(self.max_source_length, positions),
             "max_target_length": min(self.max_target_length, positions - 1),
         }
+        own = _layers_of(config if student is None else student)
+        if student is not None and (self.is_narrow or self.layers not in (None, own)):
+            raise ValueError(f"layers {self.layers}: the student that is given has {own} and a shape; leave these out")
         if self.layers is None:
-            changes["layers"] = (
-                Layers(f"{config.encoder_layers}-{config.decoder_layers}")
-                if config.is_encoder_decoder
-                else Layers(str(config.num_hidden_layers))
-            )
+            changes["layers"] = own
         if self.learning_rate is None:
             low = min(self.bits.weights, self.bits.embeddings)
-            changes["learning_rate"] = float(f"{LEARNING_RATE[low] * (768 / config.hidden_size) ** 0.5:.2g}")
+            width = self.hidden_size or (config if student is None else student).hidden_size
+            base = METHODS[self.method].learning_rate if low == 32 else LEARNING_RATE[low]
+            changes["learning_rate"] = float(f"{base * (768 / width) ** 0.5:.2g}")
         return dataclasses.replace(self, **changes)
+
+    def _check_family(self, config: Any, task: str) -> None:
+        family = "encoder-decoder" if config.is_encoder_decoder else "encoder"
+        if (task == "seq2seq") != config.is_encoder_decoder:
+            fit = [name for name in METRICS if (name == "seq2seq") == config.is_encoder_decoder]
+            raise ValueError(
+                f"task {task!r}: a {config.model_type} model is an {family}; expected one of {', '.join(fit)}"
+            )
+        if family not in METHODS[self.method].families:
+            fit = [name for name, method in METHODS.items() if family in method.families]
+            raise ValueError(
+                f"method {self.method!r} is for encoders, and a {config.model_type} model has a decoder; "
+                f"expected one of {', '.join(fit)}"
+            )
+        own = OF_ENCODER_DECODERS if config.is_encoder_decoder else OF_ENCODERS
+        for name in self.terms:
+            if name not in (*BOTH, *own):
+                raise ValueError(f"losses.{name}: a {config.model_type} model has {', '.join((*BOTH, *own))}")
+        narrow = [n for n in ("hidden_size", "heads", "intermediate_size") if getattr(self, n) is not None]
+        if narrow and config.is_encoder_decoder:
+            raise ValueError(
+                f"{narrow[0]} {getattr(self, narrow[0])!r}: only encoders' students have a shape of their own"
+            )
+
+    def stages(self) -> list["Recipe"]:
+        """What is trained one after the other: the recipe, and the second part of its method on a task."""
+        then = METHODS[self.method].then
+        if then is None or self.task in ("text", "sentences") or not self.prediction_epochs:
+            return [self]
+        second = METHODS[then].losses
+        if self.task == "regression":
+            second = METHODS["finetune"].losses  # a soft cross-entropy of one number says nothing: labels, as released
+        return [
+            self,
+            dataclasses.replace(self, method=then, losses=second, epochs=self.prediction_epochs, max_steps=0),
+        ]
+
+
+def _layers_of(config: Any) -> Layers:
+    decoder = f"-{config.decoder_layers}" if config.is_encoder_decoder else ""
+    return Layers(f"{config.num_hidden_layers if not decoder else config.encoder_layers}{decoder}")
 
 
 _HINTS = get_type_hints(Recipe)

@@ -4,6 +4,7 @@ A run is told by a fingerprint of everything that decides its result: the resolv
 the texts. The same command finds the same fingerprint and continues; another one is told so, and touches nothing.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -80,7 +81,8 @@ def data_fingerprint(train: Any, dev: Any) -> str | None:
     digest = hashlib.sha256()
     for examples in (train, dev):
         if examples is not None:
-            digest.update(json.dumps([examples.sources, examples.targets, examples.references]).encode())
+            values = [getattr(examples, f.name) for f in dataclasses.fields(examples) if f.name != "skipped"]
+            digest.update(json.dumps(values).encode())
     return digest.hexdigest()[:16]
 
 

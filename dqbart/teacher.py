@@ -1,50 +1,98 @@
-"""The checkpoint that comes in: loaded whole, in fp32, with its tokenizer, or refused in one line."""
+"""The checkpoint that comes in: loaded whole, in fp32, with its tokenizer, or refused in one line.
+
+Which of transformers' classes it becomes is decided by the task; without one, by what the checkpoint says it is.
+"""
 
 from pathlib import Path
 from typing import Any
 
-SUPPORTED = ("bart", "mbart")
+from dqbart.quant.layers import SUPPORTED
+from dqbart.recipe import Recipe
+
+CLASSES = {
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "questions": "AutoModelForQuestionAnswering",
+    "text": "AutoModelForMaskedLM",
+    "sentences": "AutoModel",
+    "s2s": "AutoModelForMaskedLM",
+}
 
 
-def load_teacher(teacher: Any, tokenizer: Any, device: str | None) -> tuple[Any, Any]:
-    """`(model in eval mode, tokenizer)` from a path, a hub id or objects.
+def load_teacher(
+    teacher: Any, tokenizer: Any, device: str | None, task: str | None = None, seed: int = 28
+) -> tuple[Any, Any, str]:
+    """`(model in eval mode, tokenizer, task)` from a path, a hub id or objects.
 
-    Raises `ValueError` for an architecture that can't be compressed, a packed model, a device that isn't there or
-    a model object without tokenizer, `FileNotFoundError` for a folder without a checkpoint.
+    A head that the checkpoint lacks is made at random, from `seed`. Raises `ValueError` for an architecture that can't
+    be compressed, a packed model, a device that isn't there or a model object without tokenizer, `FileNotFoundError`
+    for a folder without a checkpoint.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     if isinstance(teacher, str | Path):
-        if not Path(teacher).exists() and (str(teacher).count("/") > 1 or str(teacher).startswith((".", "/", "~"))):
-            raise FileNotFoundError(
-                f"teacher {str(teacher)!r}: no such folder; expected a checkpoint folder or a hub id"
-            )
-        if Path(teacher).exists() and not (Path(teacher) / "config.json").is_file():
-            raise FileNotFoundError(
-                f"teacher {str(teacher)!r}: no config.json there; expected a transformers checkpoint"
-            )
+        model, task = _from_pretrained(teacher, task, seed)
         try:
-            config = AutoConfig.from_pretrained(teacher)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"teacher {str(teacher)!r}: neither a folder here nor loadable from the hub ({_first_line(error)})"
-            ) from None
-        _check_config(config, str(teacher))
-        try:
-            model = AutoModelForSeq2SeqLM.from_pretrained(teacher, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(teacher) if tokenizer is None else tokenizer
         except OSError as error:
             raise FileNotFoundError(f"teacher {str(teacher)!r}: {_first_line(error)}") from None
     else:
         model = teacher
         _check_config(getattr(model, "config", None), type(model).__name__)
+        task = task or _task_of(type(model).__name__, model.config)
         model = model.float()
     if isinstance(tokenizer, str | Path):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     if tokenizer is None:
         raise ValueError("tokenizer is missing: a teacher given as an object needs tokenizer=... beside it")
-    return model.to(choose_device(device)).eval(), tokenizer
+    return model.to(choose_device(device)).eval(), tokenizer, task
+
+
+def load_student(student: str | Path, teacher: Any, recipe: Recipe, task: str) -> Any:
+    """The float checkpoint that a student starts as, on the teacher's device. Raises as `load_teacher` does."""
+    model, _ = _from_pretrained(student, recipe.task or task, recipe.seed, "student")
+    if model.config.vocab_size != teacher.config.vocab_size:
+        raise ValueError(
+            f"student {str(student)!r}: {model.config.vocab_size} tokens, but the teacher has "
+            f"{teacher.config.vocab_size}; expected models of one tokenizer"
+        )
+    return model.to(teacher.device)
+
+
+def _from_pretrained(name: str | Path, task: str | None, seed: int, role: str = "teacher") -> tuple[Any, str]:
+    import torch
+    import transformers
+
+    if not Path(name).exists() and (str(name).count("/") > 1 or str(name).startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"{role} {str(name)!r}: no such folder; expected a checkpoint folder or a hub id")
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(f"{role} {str(name)!r}: no config.json there; expected a transformers checkpoint")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{role} {str(name)!r}: neither a folder here nor loadable from the hub ({_first_line(error)})"
+        ) from None
+    _check_config(config, str(name), role)
+    architecture = (config.architectures or [""])[0]
+    sentences = (Path(name) / "modules.json").is_file()
+    task = task or ("sentences" if sentences else _task_of(architecture, config))
+    words = architecture.endswith(("ForMaskedLM", "ForPreTraining"))
+    kind = "AutoModel" if task == "text" and not words else CLASSES[task]  # no head to make up where none is used
+    torch.manual_seed(seed)
+    try:
+        return getattr(transformers, kind).from_pretrained(name, dtype=torch.float32), task
+    except OSError as error:
+        raise FileNotFoundError(f"{role} {str(name)!r}: {_first_line(error)}") from None
+
+
+def _task_of(architecture: str, config: Any) -> str:
+    if config.is_encoder_decoder:
+        return "seq2seq"
+    if architecture.endswith("ForSequenceClassification"):
+        return "regression" if config.num_labels == 1 else "classification"
+    return "questions" if architecture.endswith("ForQuestionAnswering") else "text"
 
 
 def choose_device(device: str | None) -> str:
@@ -62,14 +110,14 @@ def choose_device(device: str | None) -> str:
     return device
 
 
-def _check_config(config: Any, name: str) -> None:
+def _check_config(config: Any, name: str, role: str = "teacher") -> None:
     model_type = getattr(config, "model_type", None)
     if model_type not in SUPPORTED:
         raise ValueError(
-            f"teacher {name!r}: architecture {model_type!r} is not supported; expected {' or '.join(SUPPORTED)}"
+            f"{role} {name!r}: architecture {model_type!r} is not supported; expected {' or '.join(SUPPORTED)}"
         )
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"teacher {name!r} is quantized already; give the full-precision checkpoint")
+        raise ValueError(f"{role} {name!r} is quantized already; give the full-precision checkpoint")
 
 
 def _first_line(error: Exception) -> str:

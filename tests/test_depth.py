@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import SEQ2SEQ, tiny_encoder, tiny_seq2seq, token_batch
+from transformers import T5Config
 
 from dqbart.quant.attention import use_attention
 from dqbart.quant.layers import FakeQuantLinear, prepare
 from dqbart.recipe import Layers
-from dqbart.student.depth import kept_layers, layer_map, make_student, mapped_layers, stack_maps
+from dqbart.student.depth import make_student, stack_maps
+from dqbart.student.maps import kept_layers, layer_map, mapped_layers
 
 DQ = {1: [5], 2: [0, 5], 3: [0, 2, 5], 4: [0, 2, 3, 5], 5: [0, 1, 3, 4, 5], 6: [0, 1, 2, 3, 4, 5]}
 SHLEIFER_RUSH = {
@@ -60,8 +62,10 @@ def test_what_does_not_fit() -> None:
     ]:
         with pytest.raises(ValueError, match=words):
             stack_maps(config, Layers(layers))
-    with pytest.raises(ValueError, match="architecture 'albert' is not supported here: expected one of bart, mbart"):
-        make_student(tiny_encoder("albert"), Layers("2"))
+    with pytest.raises(ValueError, match="architecture 't5' is not supported here: expected one of bart, mbart"):
+        stack_maps(T5Config(), Layers("2"))
+    with pytest.raises(ValueError, match=r"layer map \[0\]: an encoder-decoder has two stacks; expected one of spread"):
+        stack_maps(config, Layers("1-1"), [0])
     with pytest.raises(ValueError, match="layers '2-2': a bert model has 1 stacks; expected one number"):
         make_student(tiny_encoder("bert"), Layers("2-2"))
 

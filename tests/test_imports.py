@@ -19,12 +19,13 @@ LEVELS = [
     {"cli"},
     {"demo", "doctor"},
     {"pipeline"},
-    {"run"},
+    {"run", "tasks"},
     {"distill", "evaluation"},
     {"engines"},
     {"student", "data", "packed", "teacher"},
     {"quant"},
     {"recipe"},
+    {"methods"},
     {"dqbart_kernels"},
 ]
 DEPTH = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -1,6 +1,6 @@
 """The objective on real small models: alignment, masking, and which tensors take part."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from dqbart.student.depth import make_student, stack_maps
 
 ALL = Recipe(losses=PAPER_LOSSES)
 PAPER = Recipe.preset("paper-2-2-8")
-TERMS = list(asdict(PAPER_LOSSES))
+TERMS = list(PAPER_LOSSES.used())
 
 
 def labels_for(lengths: list[int], seed: int = 5) -> Tensor:

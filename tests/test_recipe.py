@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny_encoder, tiny_seq2seq
 from transformers import BartConfig
 
+from dqbart.methods import BOTH, METHODS, OF_ENCODER_DECODERS
 from dqbart.recipe import PAPER_LOSSES, PRESETS, Bits, Layers, LossWeights, Recipe, read_yaml
 
 
@@ -98,7 +99,7 @@ def test_paper_presets_are_the_papers() -> None:
     assert (recipe.losses, recipe.logits_loss, recipe.temperature) == (PAPER_LOSSES, "mse", 1)
     assert (recipe.learning_rate, recipe.epochs, recipe.warmup_ratio, recipe.seed) == (3e-5, 20, 0.05, 28)
     assert recipe.batch_size * recipe.gradient_accumulation == 128 and recipe.max_grad_norm == 0
-    assert set(dataclasses.asdict(PAPER_LOSSES).values()) == {1.0}
+    assert PAPER_LOSSES.used() == dict.fromkeys((*BOTH, *OF_ENCODER_DECODERS), 1.0)
 
 
 def test_a_recipe_is_frozen_and_to_dict_is_a_copy() -> None:
@@ -194,7 +195,15 @@ def test_a_missing_or_binary_file(tmp_path: Path) -> None:
         ({"losses": {"task": True}}, "losses.task True: expected a number of at least 0"),
         ({"losses": {"task": "much"}}, "losses.task 'much': expected a number"),
         ({"losses": {"task": 0, "logits": 0}}, "losses: all weights are 0"),
-        ({"losses": None}, "losses None: expected LossWeights, found NoneType"),
+        ({"losses": 3}, "losses 3: expected LossWeights, found int"),
+        ({"method": "tinybret"}, "method 'tinybret': did you mean 'tinybert'? expected one of dq,"),
+        ({"method": None}, "method None: expected one of dq,"),
+        ({"task": "classify"}, "task 'classify': did you mean 'classification'? expected one of seq2seq,"),
+        ({"metric": "rogue"}, "metric 'rogue': expected one of accuracy,"),
+        ({"metric": "rouge", "task": "regression"}, "metric 'rouge' of task 'regression': expected one of spearman"),
+        ({"layer_map": [0, True]}, "layer_map [0, True]: expected teacher layers"),
+        ({"hidden_size": 0}, "hidden_size 0: expected at least 1"),
+        ({"prediction_epochs": -1}, "prediction_epochs -1: expected at least 0"),
         ({"bits": "8-4-8", "storage": "trits"}, "storage 'trits' with bits 8-4-8: only 2-bit (ternary) weights"),
         ({"bits": "2-2-32", "probability_bits": 8}, "probability_bits 8 with bits 2-2-32: needs 8-bit activations"),
         ({"numerics": "paper", "logits_loss": "mse", "bits": "4-4-8"}, "numerics 'paper' with bits 4-4-8: the paper"),
@@ -207,6 +216,50 @@ def test_wrong_values(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError) as error:
         Recipe.from_dict(values)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_fills_in_what_the_user_leaves_out(name: str, tmp_path: Path) -> None:
+    recipe, method = Recipe(method=name), METHODS[name]
+    assert recipe.losses == method.losses and recipe.terms == method.losses.used()
+    assert all(getattr(recipe, key) == value for key, value in method.settings.items())
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe
+    changed = Recipe(method=name, losses={"hidden": 7}, temperature=3, layer_map="top")
+    assert changed.terms == method.losses.used() | {"hidden": 7}
+    assert (changed.temperature, changed.layer_map) == (3, "top")
+
+
+def test_methods_know_their_models() -> None:
+    encoder, decoder = tiny_encoder("bert").config, tiny_seq2seq().config
+    with pytest.raises(ValueError, match="method 'minilm' is for encoders, and a bart model has a decoder; expected"):
+        Recipe(method="minilm").resolve(decoder)
+    with pytest.raises(ValueError, match=r"losses.decoder_hidden: a bert model has task, logits, embedding, hidden"):
+        Recipe(losses={"decoder_hidden": 1}).resolve(encoder)
+    with pytest.raises(ValueError, match=r"losses.scores: a bart model has task, logits, encoder_attention"):
+        Recipe(losses={"scores": 1}).resolve(decoder)
+    with pytest.raises(ValueError, match=r"task 'seq2seq': a bert model is an encoder; expected one of classification"):
+        Recipe(task="seq2seq").resolve(encoder)
+    with pytest.raises(ValueError, match=r"task 'questions': a bart model is an encoder-decoder; expected one of seq2"):
+        Recipe(task="questions").resolve(decoder)
+    with pytest.raises(ValueError, match="hidden_size 16: only encoders' students have a shape of their own"):
+        Recipe(hidden_size=16).resolve(decoder)
+    found = Recipe(method="minilm", bits="32-32-32").resolve(encoder, "text")
+    assert (found.task, found.metric, found.layers, found.learning_rate) == ("text", "loss", Layers("3"), 2.4e-3)
+    roberta = tiny_encoder("roberta").config  # positions begin after the padding token's
+    assert Recipe().resolve(roberta).max_source_length == 62
+
+
+def test_tinybert_has_two_stages_on_a_task() -> None:
+    recipe = Recipe(method="tinybert", task="classification", epochs=10, prediction_epochs=2, max_steps=9)
+    first, second = recipe.stages()
+    assert first == recipe and set(first.terms) == {"embedding", "hidden", "scores"}
+    assert (second.terms, second.epochs, second.max_steps) == ({"logits": 1.0}, 2, 0)
+    number = Recipe(method="tinybert", task="regression").stages()[1]
+    assert number.terms == {"task": 1.0}  # as released: the labels
+    assert len(Recipe(method="tinybert", task="text").stages()) == 1  # the general stage
+    assert len(Recipe(method="tinybert", task="classification", prediction_epochs=0).stages()) == 1
+    assert len(Recipe(method="dq", task="classification").stages()) == 1
 
 
 def test_combinations_that_are_right() -> None:
@@ -223,9 +276,10 @@ def test_combinations_that_are_right() -> None:
 def test_resolve_reads_the_teachers_config() -> None:
     base = BartConfig(d_model=768, encoder_layers=6, decoder_layers=5)
     recipe = Recipe().resolve(base)
-    assert (recipe.layers, recipe.learning_rate) == (Layers("6-5"), 3e-4)
+    assert (recipe.layers, recipe.learning_rate, recipe.task) == (Layers("6-5"), 3e-4, "seq2seq")
     assert recipe.resolve(base) == recipe  # nothing is left to fill in
-    assert Recipe(layers="3-1", learning_rate=1e-3).resolve(base) == Recipe(layers="3-1", learning_rate=1e-3)
+    given = dict(layers="3-1", learning_rate=1e-3, task="seq2seq", metric="bleu")
+    assert Recipe(**given).resolve(base) == Recipe(**given)
     narrow = tiny_seq2seq("mbart", 3, 2).config  # width 32: sqrt(24) times as much
     assert Recipe(bits="8-8-8").resolve(narrow).learning_rate == 2.4e-4
     assert Recipe(bits="8-1-8").resolve(base).learning_rate == 2.5e-4  # the lowest bits decide

@@ -19,6 +19,7 @@ from dqbart.data.batches import Collator
 from dqbart.distill import trainer as module
 from dqbart.distill.objective import Objective
 from dqbart.distill.trainer import DistillationTrainer, load_weights, train, training_arguments
+from dqbart.evaluation.metrics import Score
 from dqbart.quant.attention import use_attention
 from dqbart.quant.layers import prepare
 from dqbart.recipe import Layers, LossWeights, Recipe
@@ -37,6 +38,10 @@ def examples(count: int = 26, equal: bool = False) -> list[dict[str, list[int]]]
         {"input_ids": row[:n], "attention_mask": [1] * n, "labels": row[:n][::-1]}
         for row, n in zip(sources, lengths, strict=True)
     ]
+
+
+def rouge(**values: float) -> Score:
+    return Score("rouge", values, {}, 1, "en", "made up", {})
 
 
 def make(
@@ -180,7 +185,7 @@ def test_codes_are_those_of_the_trained_weights(tmp_path: Path) -> None:
     """Trainer's default optimizer is fused and raises no tensor version: cached codes would stay the first ones."""
     seen: list[float] = []
 
-    def dev_score(model: Any) -> dict[str, float]:
+    def dev_score(model: Any) -> Score:
         with torch.no_grad():
             for m in model.modules():
                 if hasattr(m, "quantized_weight"):
@@ -188,7 +193,7 @@ def test_codes_are_those_of_the_trained_weights(tmp_path: Path) -> None:
                     expected = m.quantized_weight.quantizer.quantize(m.weight)
                     assert torch.equal(codes, expected[0]) and torch.equal(scale, expected[1])
         seen.append(1.0)
-        return {"rougeL": float(len(seen))}
+        return rouge(rougeL=float(len(seen)))
 
     trainer = make(tmp_path, dev_score, dropout=0.0, learning_rate=2e-2, max_steps=30)
     assert trainer.args.optim == "adamw_torch_fused"
@@ -247,14 +252,14 @@ def test_bf16_leaves_a_student_as_it_came(tmp_path: Path) -> None:
 def test_the_best_student_is_kept_and_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores, kept = iter([20.0, 31.25, 31.25, 7.0]), []
 
-    def dev_score(model: Any) -> dict[str, float]:
+    def dev_score(model: Any) -> Score:
         kept.append({k: v.detach().clone() for k, v in model.state_dict().items()})
-        return {"rouge1": 50.0, "rougeL": next(scores)}
+        return rouge(rouge1=50.0, rougeL=next(scores))
 
     trainer = make(tmp_path, dev_score)
     train(trainer)
     assert json.loads((tmp_path / "best" / "dev.json").read_text()) == {
-        "step": 6, "scores": {"rouge1": 50.0, "rougeL": 31.25},
+        "step": 6, "scores": {"rouge1": 50.0, "rougeL": 31.25}, "value": 31.25,
     }  # fmt: skip
     assert same(state(trainer), kept[1]) and not same(kept[1], kept[3])
     plain = type(trainer.model).from_pretrained(tmp_path / "best")
@@ -278,11 +283,11 @@ def test_the_best_student_is_kept_and_loaded(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_best_score_survives_a_restart(tmp_path: Path) -> None:
-    first = make(tmp_path, lambda model: {"rougeL": 40.0})
+    first = make(tmp_path, lambda model: rouge(rougeL=40.0))
     first.add_callback(At(4, lambda: os.kill(os.getpid(), signal.SIGINT), begin=True))
     with pytest.raises(KeyboardInterrupt):
         train(first)
-    second = make(tmp_path, lambda model: {"rougeL": 30.0})
+    second = make(tmp_path, lambda model: rouge(rougeL=30.0))
     train(second)
     assert json.loads((tmp_path / "best" / "dev.json").read_text())["step"] == 3
     log = [r for r in rows(tmp_path) if "dev" in r]
@@ -305,11 +310,11 @@ WORKER = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from test_trainer import At, make, train
+from test_trainer import At, make, rouge, train
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 
 def run(name, stop=False):
-    trainer = make(folder / name, lambda model: {"rougeL": 1.0}, batch_size=2, max_steps=5)
+    trainer = make(folder / name, lambda model: rouge(rougeL=1.0), batch_size=2, max_steps=5)
     if stop and rank == 1:  # the other process must not wait for it forever
         trainer.add_callback(At(1, lambda: os.kill(os.getpid(), signal.SIGINT), begin=True))
     train(trainer)

@@ -43,7 +43,14 @@ def tiny_encoder(kind: str, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     if kind == "distilbert":
         config = DistilBertConfig(
-            vocab_size=120, dim=32, n_layers=3, n_heads=4, hidden_dim=48, max_position_embeddings=64, pad_token_id=1
+            vocab_size=120,
+            dim=32,
+            n_layers=3,
+            n_heads=4,
+            hidden_dim=48,
+            max_position_embeddings=64,
+            pad_token_id=1,
+            initializer_range=0.2,
         )
         return DistilBertForMaskedLM(config).eval()
     if kind == "albert":

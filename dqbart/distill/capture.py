@@ -62,13 +62,14 @@ def forward_with_attention(
     modules_of: Any = None,
     keep: Keep = lambda r: r.probabilities,
 ) -> tuple[Any, dict[str, list[Any]]]:
-    """Run a seq2seq model; returns its output and the captured attention maps, or what else `keep` takes of a record.
+    """Run a model; returns its output and the captured attention maps, or what else `keep` takes of a record.
 
     `modules_of`: the bare model, where `model` is a wrapper (DistributedDataParallel) around it.
     Raises `ValueError` for a model that does not use our attention.
     """
     with capture_attention(model if modules_of is None else modules_of, kinds, keep) as maps:
-        output = model(**inputs, output_hidden_states=hidden, use_cache=False)
+        cache = {"use_cache": False} if "decoder_input_ids" in inputs else {}
+        output = model(**inputs, output_hidden_states=hidden, **cache)
     if not all(maps.values()):
         raise ValueError("no attention was seen: call dqbart.quant.attention.use_attention(model) first")
     return output, maps

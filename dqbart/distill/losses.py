@@ -39,10 +39,12 @@ def hidden_mse(student_BLD: Tensor, teacher_BLD: Tensor, mask_BL: Tensor) -> Ten
 
 
 def attention_mse(student_BHQK: Tensor, teacher_BHQK: Tensor, query_mask_BQ: Tensor, key_mask_BK: Tensor) -> Tensor:
-    """Squared difference of attention probabilities, mean over heads and real (query, key) pairs."""
-    error_BQK = (student_BHQK.float() - teacher_BHQK.float()).square().mean(1)
+    """Squared difference of attention probabilities, or of scores before the softmax (TinyBERT), mean over heads and
+    real (query, key) pairs.
+    """
     pairs_BQK = query_mask_BQ.unsqueeze(2) & key_mask_BK.unsqueeze(1)
-    return (error_BQK * pairs_BQK).sum() / _count(pairs_BQK)
+    gap_BHQK = (student_BHQK.float() - teacher_BHQK.float()).masked_fill(~pairs_BQK.unsqueeze(1), 0)
+    return gap_BHQK.square().mean(1).sum() / _count(pairs_BQK)
 
 
 def hidden_cosine(student_BLD: Tensor, teacher_BLD: Tensor, mask_BL: Tensor) -> Tensor:

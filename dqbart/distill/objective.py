@@ -6,7 +6,6 @@ output) with 0, and i with m(i - 1) + 1. Terms of one kind are summed over layer
 
 import importlib.util
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -44,7 +43,7 @@ class Objective:
     def __init__(self, recipe: Recipe, maps: dict[str, list[int]]) -> None:
         self.recipe, self.maps = recipe, maps
         self.paper = recipe.numerics == "paper"
-        self.weights: dict[str, float] = {k: w for k, w in asdict(recipe.losses).items() if w}
+        self.weights = recipe.terms
         self.attention = {k for k in ATTENTION if k in self.weights}
         self.hidden = [k for k in HIDDEN if k in self.weights]
         self.needs_teacher = set(self.weights) != {"task"}
@@ -87,6 +86,9 @@ class Objective:
                 total = self._add(torch.zeros(()), terms)
         others = self._layers(student_out, teacher_out, student_maps, teacher_maps, batch, mapless)
         return self._add(total, others), terms | others, student_out
+
+    def finish(self, student: Any) -> None:
+        """Nothing of the objective is left in the student."""
 
     def _add(self, total: Tensor, terms: dict[str, Tensor]) -> Tensor:
         return sum((self._weight(name) * term for name, term in terms.items()), total)
@@ -174,6 +176,16 @@ class Objective:
         if self.recipe.logits_loss == "mse":
             return losses.logits_mse(student_BTV, teacher_BTV, target_BT)
         return losses.logits_kl(student_BTV, teacher_BTV, target_BT, self.recipe.temperature)
+
+
+def open_objective(recipe: Recipe, maps: dict[str, list[int]], student: Any, teacher: Any) -> Any:
+    """The objective of a resolved recipe. Raises `ValueError` where student and teacher can't be compared so."""
+    if student.config.is_encoder_decoder:
+        return Objective(recipe, maps)
+    from dqbart.distill.encoder_objective import EncoderObjective
+
+    (layer_map,) = maps.values()
+    return EncoderObjective(recipe, layer_map, student, teacher)
 
 
 def _logits_of(model: Any, hidden: Tensor) -> Tensor:

@@ -27,12 +27,10 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallba
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from dqbart.distill.objective import Objective
 from dqbart.recipe import Recipe
 
-# Scores one student on the dev subset: {"rougeL": 31.2, ...}; the recipe's metric picks the one that counts.
-DevScore = Callable[[Any], dict[str, float]]
-SELECTED = {"rouge": "rougeL", "bleu": "bleu"}
+# Scores one student on the dev subset: a `dqbart.evaluation.metrics.Score`, whose `value` counts.
+DevScore = Callable[[Any], Any]
 
 
 def training_arguments(recipe: Recipe, folder: Path, examples: int, device: str | None) -> Seq2SeqTrainingArguments:
@@ -62,7 +60,7 @@ def training_arguments(recipe: Recipe, folder: Path, examples: int, device: str 
         length_column_name="length",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=not (recipe.losses.task or recipe.losses.logits),  # they use every parameter
+        ddp_find_unused_parameters=not {"task", "logits"} & set(recipe.terms),  # they use every parameter
         report_to=[],
         disable_tqdm=True,
         use_cpu=device == "cpu",
@@ -83,7 +81,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         *,
         model: Any,
         teacher: Any,
-        objective: Objective,
+        objective: Any,
         args: Seq2SeqTrainingArguments,
         train_dataset: Any,
         data_collator: Any,
@@ -95,7 +93,6 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.objective = objective
         self.dev_score = dev_score
         self.folder = Path(args.output_dir).parent
-        self.metric = SELECTED[objective.recipe.metric]
         self._sums: dict[str, Tensor] = {}
         self._seen = [0, 0]  # micro-batches and tokens since the last log line
         self.order = torch.Generator()  # of examples; Progress seeds it at each epoch
@@ -115,7 +112,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         for name, term in (terms | {"loss": total}).items():
             self._sums[name] = self._sums.get(name, 0) + term.detach()
         self._seen[0] += 1
-        self._seen[1] += inputs["input_ids"].numel() + inputs["labels"].numel()
+        self._seen[1] += sum(inputs[name].numel() for name in ("input_ids", "labels") if name in inputs)
         return (total, output) if return_outputs else total
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
@@ -123,20 +120,21 @@ class DistillationTrainer(Seq2SeqTrainer):
         student = self.accelerator.unwrap_model(self.model)
         scores: dict[str, float] = {}
         if self.dev_score is not None and self.is_world_process_zero():
-            scores = {k: round(v, 3) for k, v in self.dev_score(student).items()}
-            self._keep_if_best(student, scores)
+            found = self.dev_score(student)
+            scores = {k: round(v, 3) for k, v in found.values.items()}
+            self._keep_if_best(student, scores, found.value)
             self._record({"step": self.state.global_step, "dev": scores})
         self.accelerator.wait_for_everyone()
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in scores.items()}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _keep_if_best(self, student: Any, scores: dict[str, float]) -> None:
+    def _keep_if_best(self, student: Any, scores: dict[str, float], value: float) -> None:
         best = self.folder / "best" / "dev.json"
-        before = json.loads(best.read_text())["scores"][self.metric] if best.exists() else -math.inf
-        if scores[self.metric] > before:
+        before = json.loads(best.read_text())["value"] if best.exists() else -math.inf
+        if value > before:
             student.save_pretrained(best.parent)
-            best.write_text(json.dumps({"step": self.state.global_step, "scores": scores}))
+            best.write_text(json.dumps({"step": self.state.global_step, "scores": scores, "value": value}))
 
     def _record(self, row: dict[str, Any]) -> None:
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
@@ -256,6 +254,7 @@ def train(trainer: DistillationTrainer) -> None:
     best = trainer.folder / "best"
     if best.is_dir():
         load_weights(student, best)
+    trainer.objective.finish(student)
 
 
 def load_weights(model: Any, folder: Path) -> None:

@@ -32,8 +32,16 @@ def load(
 
     from dqbart.engines.native import Runner, unsuitable
     from dqbart.packed.checkpoint import load_packed
+    from dqbart.packed.plain import is_plain, load_plain
 
     where = torch.device(device if device is not None else "cuda" if engine == "triton" else "cpu")
+    if is_plain(folder):
+        if engine in ("cpu", "triton"):
+            raise ValueError(
+                f"engine {engine!r}: {folder} is a float model (bits 32-32-32); expected 'auto' or 'torch'"
+            )
+        log.info("engine torch: a float model, nothing is packed")
+        return load_plain(folder, where, torch.float32 if dtype is None else dtype)
     if engine == "cpu" and (where.type != "cpu" or dtype not in (None, torch.float32)):
         raise ValueError(f"engine 'cpu' with device {device!r}, dtype {dtype}: it runs on the CPU in fp32")
     if engine == "triton" and dtype not in (None, torch.float32):

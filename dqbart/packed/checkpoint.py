@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dqbart.packed import hook, shards
+from dqbart.packed.plain import is_plain
 from dqbart.packed.skeleton import round_floats_, spec_of, stored_tensors, swap_modules
 from dqbart.packed.spec import PackedSpec
 from dqbart.packed.verify import model_class, model_config, read_config, read_generation_config, read_spec
@@ -94,7 +95,7 @@ def load_packed(folder: str | Path, device: Any = None, dtype: torch.dtype = tor
 def size_table(folder: str | Path) -> list[tuple[str, int]]:
     """Bytes by group, from the files' headers: largest first, their sum is the size of all weight files."""
     folder = Path(folder)
-    spec = read_spec(folder, read_config(folder))
+    spec = PackedSpec(modules={}) if is_plain(folder) else read_spec(folder, read_config(folder))
     groups: dict[str, int] = {}
     for file in shards.shard_files(folder):
         shard = shards.read_shard(file)

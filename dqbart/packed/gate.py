@@ -41,7 +41,13 @@ def probe_inputs(student: Any, tokenizer: Any, texts: list[str], max_length: int
 
 @torch.no_grad()
 def behaviour(model: Any, inputs: dict[str, Tensor], decoder_ids: Tensor | None = None) -> dict[str, Tensor]:
-    """Greedy ids of a model, and its logits for `decoder_ids` (by default those ids)."""
+    """Greedy ids of a model, and its logits for `decoder_ids` (by default those ids); of an encoder, whatever floats
+    it gives, as `logits` `[B, ...]`, and no ids.
+    """
+    if not model.config.is_encoder_decoder:
+        output = model(**inputs)
+        floats = [t.float().flatten(1) for t in output.values() if torch.is_tensor(t) and t.is_floating_point()]
+        return {"logits": torch.cat(floats, 1)}
     longest = min(NEW_TOKENS + 1, model.config.max_position_embeddings)
     ids = model.generate(
         **inputs,
@@ -63,7 +69,8 @@ def check_in_fresh_process(student: Any, folder: Path, inputs: dict[str, Tensor]
     expected = behaviour(student, inputs)
     with tempfile.TemporaryDirectory() as scratch:
         probe, result = Path(scratch) / "probe.safetensors", Path(scratch) / "result.safetensors"
-        save_file(inputs | {"decoder_ids": expected["ids"].contiguous()}, probe)
+        ids = {"decoder_ids": expected["ids"].contiguous()} if "ids" in expected else {}
+        save_file(inputs | ids, probe)
         command = [sys.executable, "-m", "dqbart.packed.gate", str(folder), str(probe), str(result)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
@@ -71,11 +78,12 @@ def check_in_fresh_process(student: Any, folder: Path, inputs: dict[str, Tensor]
             raise GateError(f"{folder}: a fresh process can't run the packed model: {last}")
         found = load_file(result)
     difference = float((found["logits"] - expected["logits"]).abs().max())
-    same_ids = torch.equal(found["ids"], expected["ids"])
-    if not same_ids or not difference <= LOGIT_TOLERANCE:
+    same_ids = torch.equal(found["ids"], expected["ids"]) if "ids" in expected else None
+    if same_ids is False or not difference <= LOGIT_TOLERANCE:
+        words = "" if same_ids is None else f" greedy ids are {'equal' if same_ids else 'different'};"
         raise GateError(
-            f"{folder}: packed logits differ from the student's by {difference:.2e} (allowed {LOGIT_TOLERANCE:.0e}), "
-            f"greedy ids are {'equal' if same_ids else 'different'}; the folder is kept there, not moved into place"
+            f"{folder}: packed logits differ from the student's by {difference:.2e} (allowed {LOGIT_TOLERANCE:.0e});"
+            f"{words} the folder is kept there, not moved into place"
         )
     return {"inputs": len(inputs["input_ids"]), "max_logit_difference": difference, "greedy_ids_equal": same_ids}
 
@@ -84,9 +92,11 @@ def main(folder: str, probe: str, result: str) -> None:
     from safetensors.torch import load_file, save_file
 
     from dqbart.packed.checkpoint import load_packed
+    from dqbart.packed.plain import is_plain, load_plain
 
     inputs = load_file(probe)
-    found = behaviour(load_packed(folder), inputs, inputs.pop("decoder_ids"))
+    model = load_plain(folder) if is_plain(folder) else load_packed(folder)
+    found = behaviour(model, inputs, inputs.pop("decoder_ids", None))
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, result)
 
 

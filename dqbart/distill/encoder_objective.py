@@ -1,0 +1,215 @@
+"""The objective of encoders: every method's losses, between the layers that its terms name.
+
+Terms of one kind are summed over the mapped layers. `hidden` compares the outputs of layer i and map(i), `attention`
+and `scores` their attention maps; `embedding` is hidden state 0; relations are those of the student's last layer and
+one teacher layer. A student of another width is compared through one learned projection, TinyBERT's `fit_dense`. It
+is made inside the student's forward pass, by a hook, so that a wrapper for distributed training sees its parameters
+used; `finish` takes it out again.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dqbart.distill import losses
+from dqbart.distill.capture import autocast, forward_with_attention
+from dqbart.packed.sentence import Pooling, pool
+from dqbart.quant.attention import AttentionRecord
+from dqbart.recipe import Recipe
+
+MAPS = ("attention", "scores")
+RELATIONS = {"queries": "query", "keys": "key", "values": "value"}
+HIDDEN = ("embedding", "hidden", "cosine", "sentence")
+
+
+class EncoderObjective:
+    """Loss terms of one batch. `layer_map`: the teacher layer, from 0, that each student layer is held to.
+
+    Calling it gives the weighted total, each term, unweighted, by name, and the student's output. Raises `ValueError`
+    at once for a student and a teacher that the terms can't compare.
+    """
+
+    def __init__(
+        self, recipe: Recipe, layer_map: list[int], student: Any, teacher: Any, pooling: Pooling | None = None
+    ) -> None:
+        self.recipe, self.layer_map, self.weights = recipe, layer_map, recipe.terms
+        self.needs_teacher = set(self.weights) != {"task"}
+        self.pooling = pooling or Pooling()
+        ours, theirs = student.config, teacher.config
+        self.last = recipe.teacher_layer or theirs.num_hidden_layers
+        if not 1 <= self.last <= theirs.num_hidden_layers:
+            raise ValueError(f"teacher_layer {self.last}: expected from 1 to {theirs.num_hidden_layers}")
+        self.relation_heads = recipe.relation_heads or theirs.num_attention_heads
+        self._check(ours, theirs)
+        if set(HIDDEN) & set(self.weights) and ours.hidden_size != theirs.hidden_size:
+            _project(student, theirs.hidden_size)
+
+    def _check(self, ours: Any, theirs: Any) -> None:
+        by_head = [name for name in (*MAPS, "attention_kl") if name in self.weights]
+        if by_head and ours.num_attention_heads != theirs.num_attention_heads:
+            raise ValueError(
+                f"losses.{by_head[0]}: compares head with head, but the student has {ours.num_attention_heads}, the "
+                f"teacher {theirs.num_attention_heads}; give heads {theirs.num_attention_heads}, or method 'minilm2'"
+            )
+        if set(RELATIONS) & set(self.weights):
+            for name, width in (("student", ours.hidden_size), ("teacher", theirs.hidden_size)):
+                if width % self.relation_heads:
+                    fit = [n for n in range(1, width + 1) if ours.hidden_size % n == theirs.hidden_size % n == 0]
+                    raise ValueError(
+                        f"relation_heads {self.relation_heads}: don't divide the {name}'s width {width}; "
+                        f"expected one of {', '.join(map(str, fit))}"
+                    )
+        if "logits" in self.weights and (ours.num_labels, ours.vocab_size) != (theirs.num_labels, theirs.vocab_size):
+            raise ValueError(
+                f"losses.logits: the student has {ours.num_labels} labels and {ours.vocab_size} tokens, the teacher "
+                f"{theirs.num_labels} and {theirs.vocab_size}; expected the same, or a method without logits"
+            )
+
+    def finish(self, student: Any) -> None:
+        """Take the projection out of a trained student."""
+        if hasattr(student, "distill_projection"):
+            student.distill_hook.remove()
+            del student.distill_projection, student.distill_hook
+
+    def __call__(
+        self, student: Any, teacher: Any, batch: dict[str, Tensor], bare_student: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor], Any]:
+        bare = student if bare_student is None else bare_student
+        inputs = {k: v for k, v in batch.items() if k not in ("labels", "start_positions", "end_positions")}
+        theirs, their_maps = None, _Taps({})
+        if self.needs_teacher:
+            their_maps = _Taps({m: {*MAPS} for m in self.layer_map}, self.last - 1, set(self.weights))
+            with torch.no_grad(), autocast(self.recipe.bf16, batch["input_ids"].device):
+                theirs = self._forward(teacher, teacher, inputs, their_maps)
+        our_maps = _Taps({i: {*MAPS} for i in range(len(self.layer_map))}, len(self.layer_map) - 1, set(self.weights))
+        ours = self._forward(student, bare, inputs, our_maps)
+        terms = dict(self._terms(ours, theirs, our_maps, their_maps, batch))
+        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        return total, terms, ours
+
+    def _forward(self, model: Any, bare: Any, inputs: dict[str, Tensor], taps: "_Taps") -> Any:
+        hidden = bool(set(HIDDEN) & set(self.weights))
+        if not taps.wanted():
+            return model(**inputs, output_hidden_states=hidden)
+        return forward_with_attention(model, inputs, {"encoder_attention"}, hidden=hidden, modules_of=bare, keep=taps)[
+            0
+        ]
+
+    def _terms(
+        self, ours: Any, theirs: Any, our_maps: "_Taps", their_maps: "_Taps", batch: dict[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        mask_BL = batch["attention_mask"].bool()
+        if mask_BL.dim() == 4:  # of sequence-to-sequence training: whoever sees itself is real
+            mask_BL = mask_BL[:, 0].diagonal(dim1=1, dim2=2)
+        if "task" in self.weights:
+            yield "task", task_term(self.recipe, ours, batch)
+        if "logits" in self.weights:
+            yield "logits", logits_term(self.recipe, ours, theirs, batch, mask_BL)
+        if "embedding" in self.weights:
+            yield "embedding", losses.hidden_mse(ours.hidden_states[0], theirs.hidden_states[0], mask_BL)
+        pairs = list(enumerate(self.layer_map))
+        if "hidden" in self.weights:
+            yield (
+                "hidden",
+                _sum(
+                    losses.hidden_mse(ours.hidden_states[i + 1], theirs.hidden_states[m + 1], mask_BL) for i, m in pairs
+                ),
+            )
+        for name in MAPS:
+            if name in self.weights:
+                yield (
+                    name,
+                    _sum(
+                        losses.attention_mse(our_maps[i, name], their_maps[m, name], mask_BL, mask_BL) for i, m in pairs
+                    ),
+                )
+        if "attention_kl" in self.weights:
+            a, b = ((x.last("query"), x.last("key")) for x in (our_maps, their_maps))
+            yield "attention_kl", losses.attention_kl(a, b, mask_BL)
+        for name, part in RELATIONS.items():
+            if name in self.weights:
+                a_BLD, b_BLD = (x.last(part).transpose(1, 2).flatten(2) for x in (our_maps, their_maps))
+                yield name, losses.relation_kl(a_BLD, b_BLD, mask_BL, self.relation_heads)
+        if "cosine" in self.weights:
+            yield "cosine", losses.hidden_cosine(ours.hidden_states[-1], theirs.hidden_states[-1], mask_BL)
+        if "sentence" in self.weights:
+            a_BD, b_BD = (pool(x.hidden_states[-1].float(), mask_BL, self.pooling) for x in (ours, theirs))
+            yield "sentence", (1 - F.cosine_similarity(a_BD, b_BD, dim=-1)).mean()
+
+
+def task_term(recipe: Recipe, output: Any, batch: dict[str, Tensor]) -> Tensor:
+    """What the labels say: cross-entropy of classes, spans or words, squared error of a number."""
+    if recipe.task == "regression":
+        return F.mse_loss(output.logits.float().squeeze(-1), batch["labels"].float())
+    if recipe.task == "questions":
+        ends = ((output.start_logits, "start_positions"), (output.end_logits, "end_positions"))
+        return torch.stack([F.cross_entropy(logits.float(), batch[name]) for logits, name in ends]).mean()
+    if recipe.task == "classification":
+        return F.cross_entropy(output.logits.float(), batch["labels"], label_smoothing=recipe.label_smoothing)
+    return losses.task_loss(output.logits, batch["labels"], recipe.label_smoothing)
+
+
+def logits_term(recipe: Recipe, ours: Any, theirs: Any, batch: dict[str, Tensor], mask_BL: Tensor) -> Tensor:
+    """What the teacher says: T^2 KL or squared error of the logits of classes, of spans, or of words at real
+    positions (at those with labels in sequence-to-sequence training); of one number, squared error.
+    """
+    compare = losses.logits_mse if recipe.logits_loss == "mse" or recipe.task == "regression" else losses.logits_kl
+    more: tuple[float, ...] = (recipe.temperature,) if compare is losses.logits_kl else ()
+    if recipe.task == "questions":
+        spans = [(getattr(ours, n), getattr(theirs, n)) for n in ("start_logits", "end_logits")]
+        one_B = mask_BL.new_ones(len(mask_BL), 1)
+        hidden = [tuple(x.float().masked_fill(~mask_BL, -1e4)[:, None] for x in pair) for pair in spans]
+        return torch.stack([compare(a, b, one_B, *more) for a, b in hidden]).mean()
+    if recipe.task in ("classification", "regression"):
+        one_B = mask_BL.new_ones(len(mask_BL), 1)
+        return compare(ours.logits[:, None], theirs.logits[:, None], one_B, *more)
+    where_BL = batch["labels"] != -100 if recipe.task == "s2s" else mask_BL
+    return compare(ours.logits, theirs.logits, where_BL, *more)
+
+
+class _Taps:
+    """Keeps of each attention call, counted by layer, what the terms want: maps of some layers, q, k, v of one."""
+
+    def __init__(self, maps: dict[int, set[str]], last: int | None = None, terms: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+        self.maps = {layer: kinds & terms for layer, kinds in maps.items()}
+        self.relations = last if {"attention_kl", *RELATIONS} & terms else None
+        self.calls = 0
+        self.kept: dict[tuple[int, str], Tensor] = {}
+
+    def wanted(self) -> bool:
+        return self.relations is not None or any(self.maps.values())
+
+    def __call__(self, record: AttentionRecord) -> bool:
+        layer, self.calls = self.calls, self.calls + 1
+        for kind in self.maps.get(layer, ()):
+            self.kept[layer, kind] = record.scores if kind == "scores" else record.probabilities
+        if layer == self.relations:
+            for part in RELATIONS.values():
+                self.kept[layer, part] = getattr(record, part)
+        return True
+
+    def __getitem__(self, key: tuple[int, str]) -> Tensor:
+        return self.kept[key]
+
+    def last(self, part: str) -> Tensor:
+        assert self.relations is not None
+        return self.kept[self.relations, part]
+
+
+def _project(student: Any, width: int) -> None:
+    """Have the student's hidden states come out in the teacher's width."""
+    student.distill_projection = nn.Linear(student.config.hidden_size, width, device=student.device)
+
+    def project(module: Any, args: Any, output: Any) -> Any:
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = tuple(module.distill_projection(h) for h in output["hidden_states"])
+        return output
+
+    student.distill_hook = student.register_forward_hook(project)
+
+
+def _sum(terms: Iterator[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum()
