@@ -13,24 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from dqbart import __version__
-from dqbart.recipe import PRESETS, Recipe, read_yaml
+from dqbart.methods import METHODS
+from dqbart.recipe import METRICS, PRESETS, Recipe, read_yaml
 
 # Flags that are recipe fields, with their help. Flag over --config over --preset.
 RECIPE_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "bits": (str, "W-E-A: weights, embeddings, activations; 2 bits are ternary (2-2-8)"),
-    "layers": (str, "E-D: encoder and decoder layers (as the teacher)"),
+    "layers": (str, "E-D: encoder and decoder layers, one number for an encoder (as the teacher)"),
+    "method": (str, f"how the student learns: {', '.join(METHODS)} (dq)"),
+    "task": (str, f"what the model is for: {', '.join(METRICS)} (as the teacher's class says)"),
     "epochs": (float, "passes over the data; 0 quantizes without training"),
     "batch_size": (int, "examples per step and process"),
     "learning_rate": (float, "peak learning rate (by bits and width)"),
     "source_column": (str, "column of the inputs (guessed)"),
-    "target_column": (str, "column of the outputs (guessed; without one the teacher writes them)"),
+    "pair_column": (str, "column of second texts, for tasks on pairs (guessed)"),
+    "target_column": (str, "column of outputs or labels (guessed; without outputs the teacher writes them)"),
     "source_prefix": (str, "put before every input"),
     "source_lang": (str, "mBART language code of the inputs, such as en_XX"),
     "target_lang": (str, "mBART language code of the outputs, such as de_DE"),
-    "metric": (str, "rouge or bleu"),
+    "metric": (str, "what models are chosen by (by task: rouge, accuracy, spearman, ...)"),
     "seed": (int, "of everything random"),
 }
-RUN_KEYS = ("teacher", "data", "dev_data", "output")
+RUN_KEYS = ("teacher", "data", "dev_data", "student", "output")
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,14 +43,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    top = Parser(prog="dqbart", description="Make BART and mBART checkpoints 10 to 30 times smaller, and run them.")
+    top = Parser(
+        prog="dqbart", description="Make BART, mBART and BERT-like checkpoints 10 to 30 times smaller, and run them."
+    )
     top.add_argument("--version", action="version", version=f"dqbart {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
 
     verb = verbs.add_parser("compress", help="teacher and data in, packed folder out; rerun to resume")
-    verb.add_argument("teacher", nargs="?", metavar="MODEL", help="folder or hub id of a BART or mBART checkpoint")
+    verb.add_argument(
+        "teacher", nargs="?", metavar="MODEL", help="folder or hub id of a BART, mBART or BERT-like checkpoint"
+    )
     verb.add_argument("--data", help="csv, tsv, jsonl (also .gz), parquet, a folder of splits or a hub id")
     verb.add_argument("--dev-data", help="the same, to select and score the student (a part of --data)")
+    verb.add_argument("--student", help="float checkpoint that the student starts as (layers of the teacher)")
     verb.add_argument("--out", dest="output", help="folder to write")
     verb.add_argument("--preset", choices=sorted(PRESETS), help="recipe to start from (small)")
     verb.add_argument("--config", help="YAML file of recipe fields")
@@ -56,12 +65,14 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--overwrite", action="store_true", help="replace what another recipe left in --out")
     verb.set_defaults(run=run_compress)
 
-    verb = verbs.add_parser("eval", help="score a packed folder (or any seq2seq checkpoint) on data")
+    verb = verbs.add_parser("eval", help="score a packed folder (or any checkpoint) on data")
     verb.add_argument("model")
     verb.add_argument("--data", required=True)
+    verb.add_argument("--task", choices=METRICS, help="as in its recipe.yaml, else as its class says")
     verb.add_argument("--split", default="test", choices=("train", "validation", "test"))
-    verb.add_argument("--metric", choices=("rouge", "bleu"), help="as in its recipe.yaml, else rouge")
+    verb.add_argument("--metric", help="as in its recipe.yaml, else the task's first")
     verb.add_argument("--source-column")
+    verb.add_argument("--pair-column")
     verb.add_argument("--target-column")
     verb.add_argument("--limit", type=int, help="a fixed sample of this many examples")
     verb.add_argument("--batch-size", type=int, default=32)
@@ -141,7 +152,7 @@ def run_compress(args: argparse.Namespace) -> dict[str, Any]:
     recipe, run = recipe_and_run(args)
     result = compress(
         run["teacher"], run.get("data"), output=run["output"], recipe=recipe, dev_data=run.get("dev_data"),
-        overwrite=args.overwrite, device=args.device,
+        student=run.get("student"), overwrite=args.overwrite, device=args.device,
     )  # fmt: skip
     return result.summary()
 
@@ -150,9 +161,9 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     from dqbart.tasks.run import evaluate
 
     result, rows = evaluate(
-        args.model, args.data, split=args.split, metric=args.metric, source_column=args.source_column,
-        target_column=args.target_column, limit=args.limit, batch_size=args.batch_size,
-        generation=_json_object(args.generation), device=args.device,
+        args.model, args.data, split=args.split, task=args.task, metric=args.metric,
+        source_column=args.source_column, pair_column=args.pair_column, target_column=args.target_column,
+        limit=args.limit, batch_size=args.batch_size, generation=_json_object(args.generation), device=args.device,
     )  # fmt: skip
     if args.out:
         Path(args.out).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
