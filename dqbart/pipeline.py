@@ -111,7 +111,7 @@ def compress(
         staged = _pack(small, tokenizer, recipe, run)
         gate = check_in_fresh_process(small.to("cpu"), staged, task.probe(small, dev or train))
     say(f"gate: a fresh process gives logits within {gate['max_logit_difference']:.1e}{_and_ids(gate)}")
-    report = _report(model, recipe, maps, staged, gate, seconds)
+    report = _report(model, recipe, maps, staged, gate, seconds) | {"student": start is not None}
     if train is not None or dev is not None:
         report["data"] = _described(data if data is not None else dev_data, train, dev)
     if dev is not None and task.is_scored(dev):
@@ -268,6 +268,7 @@ def _report(
     file_bytes = sum(file.stat().st_size for file in shard_files(staged))
     return {
         "recipe": recipe.to_dict(),
+        "stages": len(recipe.stages()),
         "layer_maps": maps,
         "teacher": {"architecture": type(teacher).__name__, "parameters": parameters, "fp32_bytes": teacher_bytes},
         "sizes": {

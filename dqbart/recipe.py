@@ -377,6 +377,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cautious": dict(bits="2-4-8"),  # a 4-bit vocabulary matrix costs a little size and saves most of the loss
     "tiny": dict(bits="1-1-8"),
     "int8": dict(bits="8-8-8", epochs=1.0),
+    "ternarybert": dict(bits="2-2-8", method="ternarybert"),
     "paper-8-8-8": _PAPER | dict(bits="8-8-8"),
     "paper-2-2-8": _PAPER | dict(bits="2-2-8"),
 }

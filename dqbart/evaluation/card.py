@@ -12,7 +12,11 @@ from typing import Any
 
 MIB = 2**20
 NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum", "bleu": "BLEU",
-         "chrf": "chrF2"}  # fmt: skip
+         "chrf": "chrF2", "accuracy": "accuracy", "f1": "F1", "exact_match": "exact match",
+         "matthews": "Matthews correlation", "pearson": "Pearson", "spearman": "Spearman"}  # fmt: skip
+TAGS = {"classification": "text-classification", "regression": "text-classification", "questions": "question-answering",
+        "text": "fill-mask", "sentences": "sentence-similarity", "s2s": "text2text-generation"}  # fmt: skip
+ON_HUB = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}  # metrics' ids there
 
 
 def size_lines(report: dict[str, Any]) -> str:
@@ -36,7 +40,7 @@ def write(folder: Path, report: dict[str, Any], base_model: str | None, called: 
         f"---\n{metadata(report, on_hub, called)}\n---",
         f"# {name}, {report['recipe']['bits']} bits, {report['recipe']['layers']} layers",
         f"{link} compressed with dqbart: distillation-aware quantization (DQ-BART, arXiv 2203.11239). Bits are "
-        "weights-embeddings-activations, layers encoder-decoder; 2 bits are ternary.",
+        f"weights-embeddings-activations{_layers_words(report)}; 2 bits are ternary.",
         "```python\n" + snippet(report, called) + "\n```",
         "## Size\n\n" + _sizes(report),
         "## Scores\n\n" + _scores(report),
@@ -54,15 +58,18 @@ def metadata(report: dict[str, Any], on_hub: str | None, called: str) -> str:
     recipe, scores, data = report["recipe"], report.get("scores"), report.get("data") or {}
     codes = [recipe["source_lang"], recipe["target_lang"]]
     languages = [code.split("_")[0] for code in codes if code] or ([recipe["language"]] if scores else [])
-    if any(codes) or recipe["metric"] == "bleu":
+    if recipe["task"] in TAGS:
+        task = TAGS[recipe["task"]]
+    elif any(codes) or recipe["metric"] == "bleu":
         task = "translation"
     else:
         task = "summarization" if scores else "text2text-generation"
     results = [
         EvalResult(
             task_type=task, dataset_type=data["name"] if data.get("on_hub") else "unknown",
-            dataset_name=data.get("name", "dev set"), dataset_split="dev", metric_name=NAMES[metric],
-            metric_type="rouge" if metric.startswith("rouge") else metric, metric_value=round(value, 2),
+            dataset_name=data.get("name", "dev set"), dataset_split="dev", metric_name=NAMES.get(metric, metric),
+            metric_type="rouge" if metric.startswith("rouge") else ON_HUB.get(metric, metric),
+            metric_value=round(value, 2),
         )
         for metric, value in (scores["student"]["values"] if scores else {}).items()
     ]  # fmt: skip
@@ -82,21 +89,37 @@ def metadata(report: dict[str, Any], on_hub: str | None, called: str) -> str:
 
 
 def snippet(report: dict[str, Any], called: str) -> str:
-    """Python that loads the folder `called` from beside it and writes one text; runs as it stands."""
+    """Python that loads the folder `called` from beside it and runs one text; works as it stands."""
     recipe = report["recipe"]
     text = json.dumps(f"{recipe['source_prefix']}Put your own text here.", ensure_ascii=False)
     folder = json.dumps(called, ensure_ascii=False)
     language = f', src_lang="{recipe["source_lang"]}"' if recipe["source_lang"] else ""
+    if recipe["task"] == "sentences":
+        return f"import dqbart\n\nmodel = dqbart.load({folder})\nprint(model.encode([{text}]).shape)"
+    given = f"{text}, {json.dumps('And a second one.')}" if recipe["task"] == "questions" else text
+    limit = f'truncation=True, max_length={recipe["max_source_length"]}, return_tensors="pt"'
+    uses = {
+        "seq2seq": "print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))",
+        "classification": "print(model.config.id2label[int(model(**inputs).logits.argmax())])",
+        "regression": "print(float(model(**inputs).logits))",
+        "questions": "output = model(**inputs)\n"
+        "start, end = int(output.start_logits.argmax()), int(output.end_logits.argmax())\n"
+        'print(tokenizer.decode(inputs["input_ids"][0, start : end + 1]))',
+    }
     lines = [
         "import dqbart",
         "from transformers import AutoTokenizer",
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({folder}{language})",
         f"model = dqbart.load({folder})",
-        f'inputs = tokenizer({text}, truncation=True, max_length={recipe["max_source_length"]}, return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))",
+        f"inputs = tokenizer({given}, {limit})",
+        uses.get(recipe["task"], "print(model(**inputs)[0].shape)"),
     ]
     return "\n".join(lines)
+
+
+def _layers_words(report: dict[str, Any]) -> str:
+    return ", layers encoder-decoder" if "-" in str(report["recipe"]["layers"]) else ""
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -116,20 +139,27 @@ def _scores(report: dict[str, Any]) -> str:
     scores = report.get("scores")
     if not scores:
         return "None: it was made without a dev set. `dqbart eval` scores it on your data."
-    teacher, student = scores["teacher"], scores["student"]
+    student, teacher = scores["student"], scores.get("teacher")  # none where labels alone were learnt
     rows = []
     for name, value in student["values"].items():
-        best = teacher["values"][name]
+        results = [student] if teacher is None else [teacher, student]
         cells = [
             f"{result['values'][name]:.2f}"
             + (" [{:.2f}, {:.2f}]".format(*result["intervals"][name]) if name in result["intervals"] else "")
-            for result in (teacher, student)
+            for result in results
         ]
-        rows.append([NAMES.get(name, name), *cells, f"{100 * value / best:.1f} %" if best > 0 else ""])
-    header = [f"{scores['examples']:,} dev examples", "teacher", "this model", "kept"]
+        best = 0 if teacher is None else teacher["values"][name]
+        rows.append(
+            [NAMES.get(name, name), *cells, *([f"{100 * value / best:.1f} %" if best > 0 else ""] if teacher else [])]
+        )
+    header = [
+        f"{scores['examples']:,} dev examples",
+        *(["teacher", "this model", "kept"] if teacher else ["this model"]),
+    ]
+    decoded = f"\n\nBoth were decoded with `{json.dumps(student['generation'])}`." if student["generation"] else ""
     return (
         f"{_table(header, rows)}\n\nIn brackets: 95 % intervals, examples resampled. Metric: `{student['definition']}`."
-        f"\n\nBoth were decoded with `{json.dumps(student['generation'])}`."
+        f"{decoded}"
     )
 
 
@@ -154,12 +184,17 @@ def _speed(report: dict[str, Any]) -> str:
 def _recipe(report: dict[str, Any]) -> str:
     recipe, data = report["recipe"], report.get("data") or {}
     maps = "; ".join(f"{field.removesuffix('_layers')} {kept}" for field, kept in report["layer_maps"].items())
+    origin = "Begun as a student of an earlier run, held to" if report.get("student") else "Copied from"
+    if any(recipe[name] for name in ("hidden_size", "heads", "intermediate_size")):
+        origin = "Of a shape of its own, held to"
     lines = [
-        f"Layers copied from the teacher's: {maps}. Numerics `{recipe['numerics']}`, stored as `{recipe['storage']}`."
+        f"{origin} the teacher's layers {maps}. Method `{recipe['method']}`, task `{recipe['task']}`. "
+        f"Numerics `{recipe['numerics']}`, stored as `{recipe['storage']}`."
     ]
     if "training" in report["seconds"]:
         length = f"{recipe['max_steps']} steps" if recipe["max_steps"] else f"{recipe['epochs']:g} epochs"
         losses = ", ".join(f"{name} {weight:g}" for name, weight in recipe["losses"].items() if weight)
+        length += f", then {recipe['prediction_epochs']:g} epochs on predictions" if report.get("stages", 1) > 1 else ""
         lines.append(
             f"Distilled for {length}, batch {recipe['batch_size']} x {recipe['gradient_accumulation']}, learning rate "
             f"{recipe['learning_rate']:g}, losses {losses}, seed {recipe['seed']}; "
@@ -175,8 +210,9 @@ def _recipe(report: dict[str, Any]) -> str:
         lines.append(f"Data: `{data['name']}`" + (f" ({counts})." if counts else "."))
     gate = report["gate"]
     lines.append(
-        f"Checked in a fresh process: logits within {gate['max_logit_difference']:.1e} of the student's, greedy ids "
-        "equal. The whole recipe is in `recipe.yaml`, all measurements are in `report.json`."
+        f"Checked in a fresh process: logits within {gate['max_logit_difference']:.1e} of the student's"
+        f"{', greedy ids equal' if gate['greedy_ids_equal'] else ''}. The whole recipe is in `recipe.yaml`, "
+        "all measurements are in `report.json`."
     )
     return "\n".join(f"- {line}" for line in lines)
 
@@ -186,9 +222,10 @@ def _limits(report: dict[str, Any]) -> str:
     weights = int(bits.split("-")[0])
     lines = [
         "It makes the teacher's mistakes and some of its own. Measure it on your own data: `dqbart eval`.",
-        "`import dqbart` comes first: without it transformers refuses the file.",
         "The licence is the base model's; add it to this card's metadata before publishing.",
     ]
+    if weights < 32:
+        lines.append("`import dqbart` comes first: without it transformers refuses the file.")
     if weights < 8:
         lines.append(f"Weights take {weights} bits on disk; on CPU the torch engine expands them to 8 bits in memory.")
     if "training" not in report["seconds"] and weights < 3:
