@@ -129,7 +129,7 @@ METHODS: dict[str, Method] = {
     "distilbert": Method(
         says="DistilBERT (arXiv 1910.01108): masked words, the teacher's guesses, the hidden states' direction",
         losses=only(task=2.0, logits=5.0, cosine=1.0),
-        settings=dict(temperature=2.0),
+        settings=dict(temperature=2.0, masking="frequency"),
         learning_rate=5e-4,
     ),
     "ternarybert": Method(

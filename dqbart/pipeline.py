@@ -86,10 +86,10 @@ def compress(
     model, tokenizer, known_task = load_teacher(teacher, tokenizer, device, recipe.task, seed=recipe.seed)
     start: Any = load_student(student, model, recipe, known_task) if student is not None else None
     recipe = recipe.resolve(model.config, known_task, None if start is None else start.config)
-    task = open_task(recipe, tokenizer)
+    task = open_task(recipe, tokenizer, model, teacher)
     train, dev = task.read(data, dev_data)
-    model = task.adapt(model, train, dev)
-    start = task.adapt(start, train, dev) if start is not None else None
+    model = task.adapt(model, new_head=recipe.method == "finetune")
+    start = task.adapt(start, new_head=True) if start is not None else None
     assert recipe.layers is not None
     maps = stack_maps(model.config, recipe.layers, recipe.layer_map)
     identity = {"recipe": recipe.to_dict(), "teacher": teacher_fingerprint(model), "data": data_fingerprint(train, dev)}
@@ -109,6 +109,7 @@ def compress(
     with _timed(seconds, "packing"):
         task.settle(small, model)
         staged = _pack(small, tokenizer, recipe, run)
+        task.complete(staged)
         gate = check_in_fresh_process(small.to("cpu"), staged, task.probe(small, dev or train))
     say(f"gate: a fresh process gives logits within {gate['max_logit_difference']:.1e}{_and_ids(gate)}")
     report = _report(model, recipe, maps, staged, gate, seconds) | {"student": start is not None}
@@ -205,7 +206,7 @@ def _distil(
             say(f"stage {number} of {len(stages)}: {stage.method}, losses {', '.join(stage.terms)}")
         trainer.train(
             trainer.DistillationTrainer(
-                model=student, teacher=teacher, objective=open_objective(stage, maps, student, teacher),
+                model=student, teacher=teacher, objective=open_objective(stage, maps, student, teacher, task.pooling),
                 args=trainer.training_arguments(stage, folder, len(rows), device), train_dataset=rows,
                 data_collator=collator,
                 dev_score=(lambda model: task.score(model, subset).score) if subset is not None else None,

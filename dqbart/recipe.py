@@ -30,8 +30,8 @@ METRICS = {
     "seq2seq": ("rouge", "bleu"),
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("spearman", "pearson"),
-    "questions": ("f1", "exact_match"),
-    "text": ("loss", "accuracy"),
+    "questions": ("f1", "exact"),
+    "text": ("accuracy",),
     "sentences": ("spearman", "pearson"),
     "s2s": ("rouge", "bleu"),
 }
@@ -148,10 +148,16 @@ class Recipe:
     bf16: bool = False
     seed: int = 28
 
+    # Masked words, where there is a task on plain text; frequency: rare ones first, word and ngram: whole words
+    mask_rate: float = 0.15
+    masking: Literal["uniform", "frequency", "word", "ngram"] = None  # type: ignore[assignment]
+    segments: Literal[1, 2] = 1  # texts in one example of plain text
+
     # Data; an encoder's text or first sentence is its source, its label is its target
     source_column: str | None = None
     pair_column: str | None = None
     target_column: str | None = None
+    document_column: str | None = None  # of plain text: rows that belong together
     source_prefix: str = ""
     source_lang: str | None = None
     target_lang: str | None = None
@@ -186,7 +192,7 @@ class Recipe:
             close = _suggest(str(self.method), list(METHODS))
             raise ValueError(f"method {self.method!r}: {close}expected one of {', '.join(METHODS)}")
         method = METHODS[self.method]
-        for name, value in (dict(temperature=1.0, layer_map="spread") | method.settings).items():
+        for name, value in (dict(temperature=1.0, layer_map="spread", masking="uniform") | method.settings).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if isinstance(self.layer_map, list):
@@ -223,7 +229,7 @@ class Recipe:
             raise ValueError(f"temperature {self.temperature!r}: expected above 0")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate {self.learning_rate!r}: expected above 0")
-        for name in ("warmup_ratio", "label_smoothing"):
+        for name in ("warmup_ratio", "label_smoothing", "mask_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)!r}: expected from 0 to below 1")
         if self.storage == "trits" and 2 not in (self.bits.weights, self.bits.embeddings):

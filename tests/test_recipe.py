@@ -245,7 +245,7 @@ def test_methods_know_their_models() -> None:
     with pytest.raises(ValueError, match="hidden_size 16: only encoders' students have a shape of their own"):
         Recipe(hidden_size=16).resolve(decoder)
     found = Recipe(method="minilm", bits="32-32-32").resolve(encoder, "text")
-    assert (found.task, found.metric, found.layers, found.learning_rate) == ("text", "loss", Layers("3"), 2.4e-3)
+    assert (found.task, found.metric, found.layers, found.learning_rate) == ("text", "accuracy", Layers("3"), 2.4e-3)
     roberta = tiny_encoder("roberta").config  # positions begin after the padding token's
     assert Recipe().resolve(roberta).max_source_length == 62
 

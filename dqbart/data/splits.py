@@ -1,21 +1,26 @@
 """Training and dev examples of one run, from whatever the user gave."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dqbart.data.columns import Examples, guess_columns, hold_out, read_examples
+from dqbart.data.columns import Examples, Splittable, guess_columns, hold_out, read_examples
 from dqbart.data.files import list_splits, load_rows
 from dqbart.recipe import Recipe
 
 
-def read_training_data(
-    data: Any, dev_data: Any, recipe: Recipe, held_out: int
-) -> tuple[Examples | None, Examples | None]:
-    """`(train, dev)`; both None without data. Says on stderr which columns are used.
+E = TypeVar("E", bound=Splittable)
+
+
+def train_and_dev(
+    read: Callable[[Any, str], E], data: Any, dev_data: Any, recipe: Recipe, held_out: int,
+    has_references: Callable[[E], bool],
+) -> tuple[E | None, E | None]:  # fmt: skip
+    """`(train, dev)`, as `read(data, split)` gives them; both None without data.
 
     Dev is `dev_data`, else the validation split of `data`, else up to `held_out` examples (a tenth at most) taken
-    from the training data by hash. Without targets there is no dev set. Raises what the readers raise, and
+    from the training data by hash. Without references there is no dev set. Raises what `read` raises, and
     `ValueError` where training is asked for without data.
     """
     if data is None:
@@ -23,18 +28,23 @@ def read_training_data(
             raise ValueError(
                 f"data is missing: {recipe.epochs:g} epochs of training need --data FILE; --epochs 0 quantizes without"
             )
-        return None, None if dev_data is None else read_split(dev_data, recipe, "validation")
-    train = read_split(data, recipe, "train")
+        return None, None if dev_data is None else read(dev_data, "validation")
+    train = read(data, "train")
     if dev_data is not None:
-        return train, read_split(dev_data, recipe, "validation")
-    if train.targets is None:
+        return train, read(dev_data, "validation")
+    if not has_references(train):
         return train, None
     if "validation" in list_splits(data):
-        return train, read_split(data, recipe, "validation")
+        return train, read(data, "validation")
     count = min(held_out, len(train) // 10)
     if count == 0:
         return train, None
     return hold_out(train, count)
+
+
+def data_name(data: Any) -> str:
+    """How a line to print calls the data."""
+    return Path(data).name if isinstance(data, str | Path) else "data"
 
 
 def read_split(data: Any, recipe: Recipe, split: str) -> Examples:
@@ -47,7 +57,7 @@ def read_split(data: Any, recipe: Recipe, split: str) -> Examples:
         target_lang=recipe.target_lang,
     )  # fmt: skip
     examples = read_examples(rows, columns)
-    name = Path(data).name if isinstance(data, str | Path) else "data"
+    name = data_name(data)
     skipped = f", {examples.skipped:,} empty rows left out" if examples.skipped else ""
     print(f"{name} ({split}): {len(examples):,} examples{skipped}; {columns}", file=sys.stderr, flush=True)
     return examples

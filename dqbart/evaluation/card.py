@@ -12,11 +12,12 @@ from typing import Any
 
 MIB = 2**20
 NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum", "bleu": "BLEU",
-         "chrf": "chrF2", "accuracy": "accuracy", "f1": "F1", "exact_match": "exact match",
+         "chrf": "chrF2", "accuracy": "accuracy", "f1": "F1", "exact": "exact match",
          "matthews": "Matthews correlation", "pearson": "Pearson", "spearman": "Spearman"}  # fmt: skip
 TAGS = {"classification": "text-classification", "regression": "text-classification", "questions": "question-answering",
         "text": "fill-mask", "sentences": "sentence-similarity", "s2s": "text2text-generation"}  # fmt: skip
-ON_HUB = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}  # metrics' ids there
+ON_HUB = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr",
+          "exact": "exact_match"}  # metrics' ids there
 
 
 def size_lines(report: dict[str, Any]) -> str:

@@ -6,10 +6,14 @@ pipeline and the command line make, so that neither knows one task from another.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from dqbart.data.splits import train_and_dev
 from dqbart.evaluation.metrics import Score
 from dqbart.recipe import METRICS, Recipe
+
+DEV_HELD_OUT = 500
+PROBES = 16  # examples on which a packed model is held to its student
 
 
 @dataclass(frozen=True)
@@ -20,41 +24,83 @@ class Outcome:
     outputs: list[str]
 
 
-class Task(Protocol):
-    """`examples` are what `read` gives: lists of texts that have a length, `select` and fields that JSON can hold."""
+class Task:
+    """`examples` are what `read` gives: dataclasses of lists that have a length and `select`."""
+
+    pooling: Any = None  # of sentence embeddings
+
+    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
+        self.recipe, self.tokenizer = recipe, tokenizer
 
     def read(self, data: Any, dev_data: Any) -> tuple[Any, Any]:
         """`(train, dev)`, each None where there is none. Says on stderr what is used of the data."""
+        return train_and_dev(self.read_split, data, dev_data, self.recipe, DEV_HELD_OUT, self.is_scored)
 
     def read_split(self, data: Any, split: str) -> Any:
         """The examples of one split."""
+        raise NotImplementedError
 
-    def adapt(self, model: Any, train: Any, dev: Any) -> Any:
-        """The model as the data needs it, such as with a new head; the same object where it fits."""
+    def adapt(self, model: Any, *, new_head: bool) -> Any:
+        """The model with a head for the data that was read; the same object where it has one. Raises `ValueError` where
+        it hasn't, and `new_head` doesn't allow one that knows nothing.
+        """
+        return model
 
     def training_set(self, train: Any, teacher: Any, folder: Path) -> tuple[Any, Any]:
         """A data set and a collator for the trainer. `folder` keeps what is costly to make."""
+        raise NotImplementedError
 
     def is_scored(self, examples: Any) -> bool:
         """Whether the examples have what a score needs."""
+        raise NotImplementedError
 
-    def score(self, model: Any, examples: Any, *, metric: str | None = None, settings: Any = None) -> Outcome:
+    def score(self, model: Any, examples: Any, *, settings: Any = None) -> Outcome:
         """The model's outputs for the examples, scored. `settings`: generation settings of another model's score."""
+        raise NotImplementedError
 
     def shown(self, examples: Any) -> list[dict[str, str]]:
-        """Source and reference of every example, for people to read."""
+        """Source and reference of the examples that have an output, for people to read."""
+        return []
 
     def probe(self, model: Any, examples: Any) -> dict[str, Any]:
-        """A batch, as the model takes it, on which a packed model is held to its student."""
+        """A batch, as the model takes it, on which a packed model is held to its student; random ids by default."""
+        from dqbart.packed.gate import probe_inputs
+
+        return probe_inputs(model, self.tokenizer, [], 0)
 
     def settle(self, student: Any, teacher: Any) -> None:
-        """What is left to write into the student's configuration before it is packed."""
+        """Write what is left into the student's configuration before it is packed."""
+
+    def complete(self, folder: Path) -> None:
+        """Add what the folder of a student needs beside its model."""
 
 
-def open_task(recipe: Recipe, tokenizer: Any) -> Task:
-    """The task of a resolved recipe. Raises `ValueError` for one that is not known."""
+def open_task(recipe: Recipe, tokenizer: Any, model: Any, folder: Any = None) -> Task:
+    """The task of a resolved recipe, for models like this one, which came from `folder` if it came from one. Raises
+    `ValueError` for a task that is not known.
+    """
     if recipe.task == "seq2seq":
         from dqbart.tasks.seq2seq import SequenceToSequence
 
         return SequenceToSequence(recipe, tokenizer)
+    if recipe.task in ("classification", "regression"):
+        from dqbart.tasks.labels import Labels
+
+        return Labels(recipe, tokenizer, model.config)
+    if recipe.task == "text":
+        from dqbart.tasks.text import PlainText
+
+        return PlainText(recipe, tokenizer)
+    if recipe.task == "questions":
+        from dqbart.tasks.questions import QuestionAnswering
+
+        return QuestionAnswering(recipe, tokenizer)
+    if recipe.task == "sentences":
+        from dqbart.tasks.sentences import Sentences
+
+        return Sentences(recipe, tokenizer, folder)
+    if recipe.task == "s2s":
+        from dqbart.tasks.s2s import EncoderSequenceToSequence
+
+        return EncoderSequenceToSequence(recipe, tokenizer, model)
     raise ValueError(f"task {recipe.task!r}: expected one of {', '.join(METRICS)}")

@@ -52,7 +52,7 @@ def evaluate(
         "generation": generation, "eval_batch_size": batch_size,
     }  # fmt: skip
     recipe = dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})
-    work = open_task(recipe, tokenizer)
+    work = open_task(recipe, tokenizer, model, folder)
     examples = work.read_split(data, split)
     if not work.is_scored(examples):
         raise ValueError(f"data {data!r}: no target column to score against; give --target-column")

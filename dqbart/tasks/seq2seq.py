@@ -6,32 +6,23 @@ from typing import Any
 from dqbart.data.batches import Collator, encode_pairs, set_languages
 from dqbart.data.columns import Examples
 from dqbart.data.pseudo import write_targets
-from dqbart.data.splits import read_split, read_training_data
+from dqbart.data.splits import read_split
 from dqbart.evaluation.generate import effective_generation, write_outputs
 from dqbart.evaluation.metrics import score
 from dqbart.packed.gate import probe_inputs
 from dqbart.recipe import Recipe
-from dqbart.tasks import Outcome
-
-DEV_HELD_OUT = 500
-PROBES = 16
+from dqbart.tasks import PROBES, Outcome, Task
 
 
-class SequenceToSequence:
+class SequenceToSequence(Task):
     """BART's and mBART's task; without targets the teacher writes them."""
 
     def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
-        self.recipe, self.tokenizer = recipe, tokenizer
+        super().__init__(recipe, tokenizer)
         set_languages(tokenizer, recipe.source_lang, recipe.target_lang)
-
-    def read(self, data: Any, dev_data: Any) -> tuple[Examples | None, Examples | None]:
-        return read_training_data(data, dev_data, self.recipe, DEV_HELD_OUT)
 
     def read_split(self, data: Any, split: str) -> Examples:
         return read_split(data, self.recipe, split)
-
-    def adapt(self, model: Any, train: Any, dev: Any) -> Any:
-        return model
 
     def training_set(self, train: Examples, teacher: Any, folder: Path) -> tuple[Any, Any]:
         from accelerate import PartialState
@@ -56,11 +47,11 @@ class SequenceToSequence:
     def is_scored(self, examples: Examples) -> bool:
         return examples.targets is not None
 
-    def score(self, model: Any, examples: Examples, *, metric: str | None = None, settings: Any = None) -> Outcome:
+    def score(self, model: Any, examples: Examples, *, settings: Any = None) -> Outcome:
         texts, settings = write_outputs(model, self.tokenizer, examples.sources, self.recipe, generation=settings)
         references: Any = examples.references or examples.targets
         found = score(
-            metric or self.recipe.scored_by, texts, references, language=self.recipe.language, generation=settings
+            self.recipe.scored_by, texts, references, language=self.recipe.language, generation=settings
         )
         return Outcome(found, texts)
 

@@ -1,0 +1,77 @@
+"""Extractive question answering: SQuAD v1 and v2, and whatever looks like them."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from dqbart.data.question_windows import EncodedQuestions, QuestionCollator, encode_questions
+from dqbart.data.questions import Questions, read_questions
+from dqbart.data.splits import data_name
+from dqbart.evaluation.question_metrics import best_answers, question_score
+from dqbart.evaluation.spans import predict_spans
+from dqbart.recipe import Recipe
+from dqbart.tasks import PROBES, Outcome, Task
+
+LONGEST, STRIDE = 384, 128  # tokens; BERT's for SQuAD
+SHORT_ANSWERS = 30  # tokens
+
+
+class QuestionAnswering(Task):
+    """Answers are parts of the context, or nothing where the data have questions without one."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
+        super().__init__(recipe, tokenizer)
+        self.collator = QuestionCollator(tokenizer.pad_token_id)
+
+    def read_split(self, data: Any, split: str) -> Questions:
+        found = read_questions(data, split)
+        print(f"{data_name(data)} ({split}): {found}", file=sys.stderr, flush=True)
+        return found
+
+    def adapt(self, model: Any, *, new_head: bool) -> Any:
+        architecture = (model.config.architectures or ["ForQuestionAnswering"])[0]
+        if not new_head and not architecture.endswith("ForQuestionAnswering"):
+            raise ValueError(
+                f"teacher {architecture}: has no head for questions; train one first, with --method finetune "
+                "--bits 32-32-32 --task questions"
+            )
+        return model
+
+    def training_set(self, train: Questions, teacher: Any, folder: Path) -> tuple[Any, Any]:
+        return self._encode(train), self.collator
+
+    def is_scored(self, examples: Questions) -> bool:
+        return True
+
+    def score(self, model: Any, examples: Questions, *, settings: Any = None) -> Outcome:
+        encoded = self._encode(examples, progress=False)
+        logits = predict_spans(model, encoded, self.collator, self.recipe.eval_batch_size)
+        always = all(question.answers for question in examples)
+        threshold = float("inf") if always else 0.0
+        found = best_answers(examples, encoded, *logits, max_answer_length=SHORT_ANSWERS, null_threshold=threshold)
+        texts = [answer.text for answer in found]
+        score = question_score(examples, texts, language=self.recipe.language)
+        main = self.recipe.scored_by
+        values = {main: score.values[main]} | score.values
+        return Outcome(dataclasses.replace(score, values=values), texts)
+
+    def shown(self, examples: Questions) -> list[dict[str, str]]:
+        return [
+            {"source": f"{q.question} | {q.context}", "reference": q.answers[0] if q.answers else ""} for q in examples
+        ]
+
+    def probe(self, model: Any, examples: Questions | None) -> dict[str, Any]:
+        if examples is None:
+            return super().probe(model, examples)
+        encoded = self._encode(examples.select(range(min(PROBES, len(examples)))))
+        batch = self.collator([encoded[i] for i in range(min(PROBES, len(encoded)))])
+        return {name: tensor for name, tensor in batch.items() if not name.endswith("_positions")}
+
+    def _encode(self, questions: Questions, progress: bool = True) -> EncodedQuestions:
+        length = min(LONGEST, self.recipe.max_source_length)
+        half = (length - 4) // 3
+        return encode_questions(
+            self.tokenizer, questions, max_length=length, stride=min(STRIDE, half),
+            max_question_length=min(64, half), progress=progress,
+        )  # fmt: skip

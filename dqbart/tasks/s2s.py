@@ -1,0 +1,73 @@
+"""Text in, text out, with an encoder alone: UniLM's way, by its attention mask (MiniLM's generation results)."""
+
+from pathlib import Path
+from typing import Any
+
+from dqbart.data.columns import Examples
+from dqbart.data.s2s import S2sCollator, S2sLayout, encode_s2s
+from dqbart.data.splits import read_split
+from dqbart.evaluation.metrics import score
+from dqbart.evaluation.s2s_generate import write_texts_s2s
+from dqbart.recipe import Recipe
+from dqbart.tasks import PROBES, Outcome, Task
+
+
+class EncoderSequenceToSequence(Task):
+    """Source and target share the model's positions; the targets' tokens are predicted from [MASK]s of their own."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Any, model: Any) -> None:
+        super().__init__(recipe, tokenizer)
+        self.layout = S2sLayout.of(model, tokenizer)
+
+    def read_split(self, data: Any, split: str) -> Examples:
+        return read_split(data, self.recipe, split)
+
+    def adapt(self, model: Any, *, new_head: bool) -> Any:
+        if self.recipe.terms.keys() - {"task", "logits"}:
+            other = min(self.recipe.terms.keys() - {"task", "logits"})
+            raise ValueError(
+                f"losses.{other}: task 's2s' compares outputs alone; expected task and logits, such as with method 'dq'"
+            )
+        return model
+
+    def training_set(self, train: Examples, teacher: Any, folder: Path) -> tuple[Any, Any]:
+        if train.targets is None:
+            raise ValueError("no target column to learn from; give --target-column")
+        pairs = encode_s2s(
+            self.tokenizer, self.layout, train.sources, train.targets, max_source_length=self._source_length(),
+            max_target_length=self.recipe.max_target_length, source_prefix=self.recipe.source_prefix,
+        )  # fmt: skip
+        return pairs, S2sCollator(self.layout)
+
+    def is_scored(self, examples: Examples) -> bool:
+        return examples.targets is not None
+
+    def score(self, model: Any, examples: Examples, *, settings: Any = None) -> Outcome:
+        settings = dict(self.recipe.generation if settings is None else settings)
+        texts = write_texts_s2s(
+            model, self.tokenizer, examples.sources, batch_size=self.recipe.eval_batch_size,
+            max_source_length=self._source_length(), max_target_length=self.recipe.max_target_length,
+            source_prefix=self.recipe.source_prefix, **settings,
+        )  # fmt: skip
+        references: Any = examples.references or examples.targets
+        return Outcome(
+            score(self.recipe.scored_by, texts, references, language=self.recipe.language, generation=settings), texts
+        )
+
+    def shown(self, examples: Examples) -> list[dict[str, str]]:
+        targets = examples.targets or [""] * len(examples)
+        return [{"source": s, "reference": t} for s, t in zip(examples.sources, targets, strict=True)]
+
+    def probe(self, model: Any, examples: Examples | None) -> dict[str, Any]:
+        if examples is None or examples.targets is None:
+            return super().probe(model, examples)
+        few = examples.select(range(min(PROBES, len(examples))))
+        pairs = encode_s2s(
+            self.tokenizer, self.layout, few.sources, few.targets, max_source_length=min(64, self._source_length()),
+            max_target_length=min(32, self.recipe.max_target_length),
+        )  # fmt: skip
+        batch = S2sCollator(self.layout, rate=0.0, random_rate=0.0, keep_rate=0.0)(list(pairs))
+        return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+    def _source_length(self) -> int:
+        return min(self.recipe.max_source_length, self.layout.positions - self.recipe.max_target_length)

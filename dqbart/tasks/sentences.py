@@ -1,0 +1,76 @@
+"""Sentence embeddings: students that put sentences where their teacher puts them."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dqbart.data.files import load_rows
+from dqbart.data.labelled import LabelCollator, Labelled, encode_labelled, guess_label_columns, read_labelled
+from dqbart.data.splits import data_name
+from dqbart.engines.sentence import SentenceEncoder
+from dqbart.evaluation.label_metrics import score_labels
+from dqbart.packed.sentence import Pooling, read_pooling, write_pooling
+from dqbart.recipe import Recipe
+from dqbart.tasks import PROBES, Outcome, Task
+
+
+class Sentences(Task):
+    """Learns from sentences alone, labels or not. Pairs with a similarity score it: correlation with the cosines."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Any, folder: Any) -> None:
+        super().__init__(recipe, tokenizer)
+        found = read_pooling(folder) if isinstance(folder, str | Path) and Path(folder).is_dir() else None
+        self.pooling = found or Pooling()
+        self.length = min(recipe.max_source_length, self.pooling.max_seq_length or recipe.max_source_length)
+        self.collator = LabelCollator(tokenizer.pad_token_id)
+
+    def read_split(self, data: Any, split: str) -> Labelled:
+        recipe = self.recipe
+        rows = load_rows(data, split=split)
+        if not rows:
+            raise ValueError(f"data {str(data)[:200]!r}: no rows; expected at least one")
+        columns = guess_label_columns(rows, recipe.source_column, recipe.pair_column, recipe.target_column)
+        if columns.pair is None:
+            columns = dataclasses.replace(columns, label=None)  # a class says nothing of similarity
+        found = read_labelled(rows, columns, None, "regression")
+        print(f"{data_name(data)} ({split}): {found}; {columns}", file=sys.stderr, flush=True)
+        return found
+
+    def training_set(self, train: Labelled, teacher: Any, folder: Path) -> tuple[Any, Any]:
+        return self._encode(train), self.collator
+
+    def is_scored(self, examples: Labelled) -> bool:
+        return examples.labels is not None
+
+    def score(self, model: Any, examples: Labelled, *, settings: Any = None) -> Outcome:
+        encoder = model if isinstance(model, SentenceEncoder) else SentenceEncoder(model, self.tokenizer, self.pooling)
+        sides = [
+            np.asarray(encoder.encode(texts, batch_size=self.recipe.eval_batch_size), np.float64)
+            for texts in (examples.texts, examples.pairs)
+        ]
+        a_ND, b_ND = (x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True).clip(1e-12) for x_ND in sides)
+        cosines_N = (a_ND * b_ND).sum(1)
+        found = score_labels(self.recipe.scored_by, cosines_N, examples.labels)
+        found = dataclasses.replace(found, definition=f"of cosines of sentence embeddings; {found.definition}")
+        return Outcome(found, [f"{cosine:.3f}" for cosine in cosines_N])
+
+    def shown(self, examples: Labelled) -> list[dict[str, str]]:
+        assert examples.pairs is not None and examples.labels is not None
+        rows = zip(examples.texts, examples.pairs, examples.labels, strict=True)
+        return [{"source": f"{a} | {b}", "reference": str(label)} for a, b, label in rows]
+
+    def probe(self, model: Any, examples: Labelled | None) -> dict[str, Any]:
+        if examples is None:
+            return super().probe(model, examples)
+        return self.collator(list(self._encode(examples.select(range(min(PROBES, len(examples)))))))
+
+    def complete(self, folder: Path) -> None:
+        """So that sentence-transformers, and `dqbart.load`, know what the folder is."""
+        write_pooling(folder, self.pooling)
+
+    def _encode(self, examples: Labelled) -> Any:
+        texts = list(dict.fromkeys([*examples.texts, *(examples.pairs or [])]))
+        return encode_labelled(self.tokenizer, Labelled(texts), self.length)

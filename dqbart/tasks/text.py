@@ -1,0 +1,84 @@
+"""Plain text, for students of everything and nothing: general distillation, with or without masked words."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from dqbart.data.blocks import EncodedBlocks, encode_blocks, encode_pairs_of_segments
+from dqbart.data.masking import BlockCollator, MaskedItems, Masker
+from dqbart.data.plain import PlainTexts, read_texts
+from dqbart.data.splits import data_name
+from dqbart.evaluation.label_metrics import score_labels
+from dqbart.evaluation.predict import predict_masked
+from dqbart.recipe import Recipe
+from dqbart.tasks import PROBES, Outcome, Task
+
+PROBE_TOKENS = 64  # logits of whole vocabularies are large
+
+
+class PlainText(Task):
+    """Blocks of text. Words are masked where labels take part in the loss; the dev score, then, is the share of masked
+    words that are guessed right. Methods that look at nothing but inner layers have no dev score.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
+        super().__init__(recipe, tokenizer)
+        self.collator = BlockCollator(tokenizer.pad_token_id)
+
+    def read_split(self, data: Any, split: str) -> PlainTexts:
+        found = read_texts(data, split, self.recipe.source_column, self.recipe.document_column)
+        print(f"{data_name(data)} ({split}): {found}", file=sys.stderr, flush=True)
+        if split != "train":  # every text by itself, so that a part of them is a fair sample
+            found = dataclasses.replace(found, documents=[[text] for texts in found.documents for text in texts])
+        return found
+
+    def adapt(self, model: Any, *, new_head: bool) -> Any:
+        if self.recipe.terms.keys() & {"task", "logits"} and model.get_output_embeddings() is None:
+            raise ValueError(
+                f"{type(model).__name__}: has no masked-language-model head, which losses.task and losses.logits need; "
+                "use a method that looks at inner layers, such as minilm or tinybert"
+            )
+        return model
+
+    def training_set(self, train: PlainTexts, teacher: Any, folder: Path) -> tuple[Any, Any]:
+        blocks = self._encode(train)
+        rate = self.recipe.mask_rate if "task" in self.recipe.terms else 0.0
+        masker = Masker(self.tokenizer, rate, self.recipe.masking, blocks.counts_V)
+        return MaskedItems(blocks, masker, self.recipe.seed), self.collator
+
+    def is_scored(self, examples: PlainTexts) -> bool:
+        return bool(self.recipe.terms.keys() & {"task", "logits"})
+
+    def score(self, model: Any, examples: PlainTexts, *, settings: Any = None) -> Outcome:
+        """Accuracy of masked words, the same ones for every model."""
+        blocks = self._encode(examples, progress=False)
+        items = MaskedItems(blocks, Masker(self.tokenizer, self.recipe.mask_rate or 0.15), seed=28)
+        found = score_labels("accuracy", *predict_masked(model, items, self.collator, self.recipe.eval_batch_size))
+        score = dataclasses.replace(
+            found, values={"accuracy": found.values["accuracy"]},
+            intervals={"accuracy": found.intervals["accuracy"]},
+            definition=f"share of masked tokens guessed right, x 100; {100 * (self.recipe.mask_rate or 0.15):g} % masked",
+        )  # fmt: skip
+        return Outcome(score, [])
+
+    def probe(self, model: Any, examples: PlainTexts | None) -> dict[str, Any]:
+        if examples is None:
+            return super().probe(model, examples)
+        texts = [texts[0] for texts in examples.documents[:PROBES]]
+        return dict(
+            self.tokenizer(texts, truncation=True, max_length=PROBE_TOKENS, padding=True, padding_side="right",
+                           return_tensors="pt")
+        )  # fmt: skip
+
+    def _encode(self, texts: PlainTexts, progress: bool = True) -> EncodedBlocks:
+        recipe = self.recipe
+        words = recipe.masking in ("word", "ngram")
+        if recipe.segments == 2:
+            return encode_pairs_of_segments(
+                self.tokenizer, texts.documents, recipe.max_source_length, words=words, seed=recipe.seed,
+                progress=progress,
+            )  # fmt: skip
+        return encode_blocks(
+            self.tokenizer, texts.documents, recipe.max_source_length, words=words, progress=progress
+        )
