@@ -10,7 +10,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,15 @@ class Questions(Sequence[Question]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.items[index]
+
+    @property
+    def sources(self) -> list[str]:
+        """What `hold_out` goes by: questions on one context stay together."""
+        return [question.context for question in self.items]
+
+    def select(self, indices: Iterable[int]) -> "Questions":
+        """The questions at `indices`, in that order."""
+        return Questions([self.items[i] for i in indices])
 
     def __str__(self) -> str:
         without = sum(not question.answers for question in self.items)
