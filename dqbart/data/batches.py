@@ -71,13 +71,14 @@ class EncodedPairs:
         return (self[i] for i in range(len(self)))
 
     def __str__(self) -> str:
-        parts = [f"{len(self):,} examples", _lengths("source", self.sources, self.cut_sources)]
+        parts = [f"{len(self):,} examples", lengths_line("source", self.sources, self.cut_sources)]
         if self.targets is not None:
-            parts.append(_lengths("target", self.targets, self.cut_targets))
+            parts.append(lengths_line("target", self.targets, self.cut_targets))
         return "; ".join(parts)
 
 
-def _lengths(side: str, rows: TokenRows, cut: int) -> str:
+def lengths_line(side: str, rows: TokenRows, cut: int) -> str:
+    """Mean, longest, and share of `cut` rows, in words."""
     share = f"{100 * cut / len(rows):.1f} %" if cut else "none"
     mean, longest = rows.lengths_R.mean(), rows.lengths_R.max()
     return f"{side} tokens mean {mean:.1f}, longest {longest}, {share} cut"

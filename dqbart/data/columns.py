@@ -8,9 +8,9 @@ then be trained on in silence.
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 # In order of preference: where a row has both, `article` is the source and `abstract` the target.
 SOURCE_NAMES = (
@@ -90,12 +90,10 @@ def guess_columns(
     holds lists of strings gives references. Raises `ValueError` for a name that isn't there, and
     where no source can be told.
     """
-    kinds = _column_kinds(rows[:_LOOK])
+    kinds = column_kinds(rows)
     for name, flag in ((source, "--source-column"), (target, "--target-column")):
-        if name is not None and name not in kinds:
-            close = difflib.get_close_matches(name, kinds, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"column {name!r} ({flag}) is not in the data, which has {_names(kinds)}{hint}")
+        if name is not None:
+            check_column(name, flag, kinds)
     if source is not None and source == target:
         raise ValueError(f"column {source!r} is given as source and as target; they must differ")
     guessed = source is None or target is None
@@ -115,7 +113,7 @@ def guess_columns(
         source = next((name for name in source_like if name != target), None)
         if source is None:
             if len(others) != 1:
-                raise ValueError(f"no source column recognised among {_names(kinds)}; give --source-column")
+                raise ValueError(f"no source column recognised among {column_names(kinds)}; give --source-column")
             source = others[0]
     if target is None:
         target = next((name for name in target_like if name != source), None)
@@ -139,9 +137,9 @@ def read_examples(rows: Sequence[dict[str, Any]], columns: Columns) -> Examples:
     targets: list[str] = []
     references: list[list[str]] = []
     for number, row in enumerate(rows, 1):
-        source = _text(row, columns.source, number)
+        source = read_text(row, columns.source, number)
         accepted = _texts(row, columns.references, number) if columns.references else []
-        target = _text(row, columns.target, number) if columns.target else (accepted or [""])[0]
+        target = read_text(row, columns.target, number) if columns.target else (accepted or [""])[0]
         if not source or (not target and (columns.target or columns.references)):
             continue
         sources.append(source)
@@ -158,7 +156,21 @@ def read_examples(rows: Sequence[dict[str, Any]], columns: Columns) -> Examples:
     )
 
 
-def hold_out(examples: Examples, count: int) -> tuple[Examples, Examples]:
+class Splittable(Protocol):
+    """What `hold_out` can divide: examples with a source text each."""
+
+    @property
+    def sources(self) -> list[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def select(self, indices: Iterable[int]) -> Self: ...
+
+
+S = TypeVar("S", bound=Splittable)
+
+
+def hold_out(examples: S, count: int) -> tuple[S, S]:
     """Split off at least `count` examples: (rest, held out), both in file order.
 
     Examples go by the hash of their source, so equal sources stay together, no seed is needed, and
@@ -182,10 +194,18 @@ def hold_out(examples: Examples, count: int) -> tuple[Examples, Examples]:
     return examples.select(rest), examples.select(sorted(held))
 
 
-def _column_kinds(rows: Sequence[dict[str, Any]]) -> dict[str, type]:
-    """Column -> str, list (of str), or object; dicts are opened one level, as `column.key`."""
+def check_column(name: str, flag: str, kinds: Collection[str]) -> None:
+    """Raise `ValueError` for a column that isn't there; `flag` is how the user gave it."""
+    if name not in kinds:
+        close = difflib.get_close_matches(name, kinds, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"column {name!r} ({flag}) is not in the data, which has {column_names(kinds)}{hint}")
+
+
+def column_kinds(rows: Sequence[dict[str, Any]]) -> dict[str, type]:
+    """Column -> str, list (of str), or object, by the first rows; dicts are opened one level, as `column.key`."""
     kinds: dict[str, type] = {}
-    for row in rows:
+    for row in rows[:_LOOK]:
         flat: dict[str, Any] = {}
         for name, value in row.items():
             flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
@@ -216,7 +236,8 @@ def _is_language(name: str) -> bool:
     return code.lower().partition("_")[0] in LANGUAGES or (bool(dot) and column == "translation")
 
 
-def _value(row: dict[str, Any], name: str) -> Any:
+def read_value(row: dict[str, Any], name: str) -> Any:
+    """What `row` has in column `name`, which may be `column.key`; `None` where it has nothing."""
     if name in row:
         return row[name]
     column, _, key = name.partition(".")
@@ -224,8 +245,9 @@ def _value(row: dict[str, Any], name: str) -> Any:
     return inner.get(key) if isinstance(inner, dict) else None
 
 
-def _text(row: dict[str, Any], name: str, number: int) -> str:
-    value = _value(row, name)
+def read_text(row: dict[str, Any], name: str, number: int) -> str:
+    """The text in column `name`, empty where there is none; `ValueError` with the row number for anything else."""
+    value = read_value(row, name)
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -241,7 +263,7 @@ def _text(row: dict[str, Any], name: str, number: int) -> str:
 
 
 def _texts(row: dict[str, Any], name: str, number: int) -> list[str]:
-    value = _value(row, name)
+    value = read_value(row, name)
     if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
@@ -249,5 +271,6 @@ def _texts(row: dict[str, Any], name: str, number: int) -> list[str]:
     return [text for text in value if text.strip()]
 
 
-def _names(columns: Iterable[str]) -> str:
+def column_names(columns: Iterable[str]) -> str:
+    """Column names in quotes, for messages."""
     return ", ".join(map(repr, columns))

@@ -39,8 +39,9 @@ _BLEU_TOKENIZERS = {"zh": "zh", "zho": "zh"} | dict.fromkeys(
 class Score:
     """A score and what it means; `to_dict()` is plain JSON.
 
-    `values` and `intervals` (95 %, [low, high]) are on a scale of 0 to 100; `definition` is the
-    metric's exact definition (sacreBLEU's signature for BLEU), `n` the number of examples.
+    `values` and `intervals` (95 %, [low, high]) are on a scale of 0 to 100, correlations -100 to 100; `definition` is
+    the metric's exact definition (sacreBLEU's signature for BLEU), `n` the number of examples. Scores of labels have
+    no language and no generation.
     """
 
     metric: str
@@ -53,8 +54,8 @@ class Score:
 
     @property
     def value(self) -> float:
-        """The one number models are chosen by: ROUGE-L or BLEU."""
-        return self.values["rougeL" if self.metric == "rouge" else "bleu"]
+        """The one number models are chosen by: ROUGE-L, else the first of `values`."""
+        return self.values["rougeL" if self.metric == "rouge" else next(iter(self.values))]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -207,11 +208,23 @@ def bootstrap_interval(
     """
     if stats_NS.ndim != 2 or not len(stats_NS):
         raise ValueError(f"statistics of shape {stats_NS.shape}: expected [examples, figures], not empty")
+    return resampled_interval(
+        len(stats_NS), lambda drawn_N: value(stats_NS[drawn_N].sum(axis=0)), resamples=resamples, seed=seed
+    )
+
+
+def resampled_interval(
+    count: int, value: Callable[[np.ndarray], float], *, resamples: int = 1000, seed: int = 28
+) -> tuple[float, float]:
+    """95 % percentile interval of `value(indices)`, `count` indices of examples drawn with replacement.
+
+    For what is no function of sums. The same `seed` and `count` draw the same examples, here and in
+    `bootstrap_interval`. Raises `ValueError` for fewer than 1 resample.
+    """
     if resamples < 1:
         raise ValueError(f"resamples {resamples!r}: expected at least 1")
     draw = np.random.default_rng(seed)
-    count = len(stats_NS)
-    drawn = [value(stats_NS[draw.integers(0, count, count)].sum(axis=0)) for _ in range(resamples)]
+    drawn = [value(draw.integers(0, count, count)) for _ in range(resamples)]
     low, high = np.percentile(drawn, [2.5, 97.5])
     return float(low), float(high)
 
