@@ -16,13 +16,29 @@ log = logging.getLogger("dqbart")
 def load(
     folder: str | Path, *, engine: str = "auto", device: Any = None, dtype: Any = None, threads: int | None = None
 ) -> Any:
-    """The model of a folder that `compress` wrote, ready for `.generate()`, in eval mode.
+    """What is in a folder that `compress` wrote, ready to run, in eval mode: the model, or for one with modules.json a
+    `dqbart.engines.sentence.SentenceEncoder`, which turns texts to vectors.
 
     `engine`: "auto" or one of `ENGINES`; auto is `cpu` on the CPU and `triton` on a GPU where these can run the folder,
     else `torch`. `device`: as in torch, default CPU, or "cuda" for engine `triton`. `dtype`: of activations between
     products, default fp32, the only one that the native engines have. `threads`: of engine `cpu`, default torch's.
     Raises `FileNotFoundError` or `ValueError`, one line, for a folder, a device or an engine that doesn't fit.
     """
+    from dqbart.packed.sentence import read_pooling
+
+    pooling = read_pooling(folder)  # before the model, so that what is wrong there is said at once
+    model = load_model(folder, engine=engine, device=device, dtype=dtype, threads=threads)
+    if pooling is None:
+        return model
+    from dqbart.engines.sentence import SentenceEncoder, read_tokenizer
+
+    return SentenceEncoder(model, read_tokenizer(Path(folder)), pooling)
+
+
+def load_model(
+    folder: str | Path, *, engine: str = "auto", device: Any = None, dtype: Any = None, threads: int | None = None
+) -> Any:
+    """As `load`, and always the model, with `.generate()` if it writes, whatever the folder makes of its output."""
     if engine not in ("auto", *ENGINES):
         raise ValueError(f"engine {engine!r}: expected 'auto' or one of {', '.join(map(repr, ENGINES))}")
     folder = Path(folder)

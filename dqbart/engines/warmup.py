@@ -28,13 +28,13 @@ def warm_up(
     import torch
     from triton import knobs
 
-    from dqbart.engines import load
+    from dqbart.engines import load_model
     from dqbart.engines.native import first_position
 
     for name, values in (("batch_sizes", batch_sizes), ("beams", beams)):
         if not values or min(values) < 1:
             raise ValueError(f"{name} {list(values)!r}: expected numbers from 1 on")
-    model = load(folder, engine="triton", device=device)
+    model = load_model(folder, engine="triton", device=device)
     writes = model.config.is_encoder_decoder
     room = model.config.max_position_embeddings - (0 if writes else first_position(model.config))
     longest = room if source_length is None else source_length

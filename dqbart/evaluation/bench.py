@@ -34,7 +34,7 @@ def bench(
     """
     import torch
 
-    from dqbart.engines import load
+    from dqbart.engines import load_model
     from dqbart.engines.cpu import CpuRunner
     from dqbart.engines.native import Runner, first_position, unsuitable
     from dqbart.engines.triton import GpuRunner
@@ -52,7 +52,7 @@ def bench(
         runner: Runner = CpuRunner(threads) if device.type == "cpu" else GpuRunner(device)
         native = [] if runner.reason() or unsuitable(Path(folder)) else [runner.name]
         systems = {
-            f"dqbart-{engine}": load(folder, engine=engine, device=device, threads=threads)
+            f"dqbart-{engine}": load_model(folder, engine=engine, device=device, threads=threads)
             for engine in (*native, "torch")
         }
         first = next(iter(systems.values()))

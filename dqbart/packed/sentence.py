@@ -58,7 +58,7 @@ class Pooling:
         texts = self.prompts.items() if isinstance(self.prompts, dict) else [(None, None)]
         if not all(isinstance(name, str) and isinstance(text, str) for name, text in texts):
             raise ValueError(f"prompts {self.prompts!r}: expected texts by name")
-        if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:
+        if self.default_prompt_name is not None and self.default_prompt_name not in list(self.prompts):
             known = ", ".join(self.prompts) or "none"
             raise ValueError(f"default_prompt_name {self.default_prompt_name!r}: expected one of the prompts ({known})")
         if self.similarity not in (None, *get_args(Similarity)):
@@ -115,13 +115,13 @@ def read_pooling(folder: str | Path) -> Pooling | None:
         )
     mode = _read_mode(folder / steps[1]["path"] / "config.json")
     limits, settings = (_read(f, dict) if f.is_file() else {} for f in (folder / _LIMITS, folder / _SETTINGS))
-    for name, found, expected in (
-        (_LIMITS, limits.get("transformer_task"), "feature-extraction"),
-        (_LIMITS, limits.get("processing_kwargs") or None, "nothing"),
-        (_SETTINGS, settings.get("model_type"), "SentenceTransformer"),
+    for name, content, key, expected in (
+        (_LIMITS, limits, "transformer_task", "feature-extraction"),
+        (_LIMITS, limits, "processing_kwargs", {}),
+        (_SETTINGS, settings, "model_type", "SentenceTransformer"),
     ):
-        if found not in (None, expected):
-            raise ValueError(f"{folder / name}: {found!r}: expected {expected}")
+        if content.get(key) not in (None, expected):
+            raise ValueError(f"{folder / name}: {key} {content[key]!r}: expected {expected!r}")
     try:
         return Pooling(
             mode=mode,
@@ -176,8 +176,9 @@ def _read_mode(file: Path) -> Mode:
         flags = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
         modes = [by_flag.get(flag, flag) for flag in flags] or ["mean"]
     modes = modes if isinstance(modes, list) else [modes]
-    if len(modes) != 1 or modes[0] not in _FLAGS:
-        raise ValueError(f"{file}: pooling {' and '.join(map(str, modes))}: expected one of {', '.join(_FLAGS)}")
+    if len(modes) != 1 or modes[0] not in get_args(Mode):
+        found = " and ".join(map(str, modes))
+        raise ValueError(f"{file}: pooling {found}: expected one of {', '.join(get_args(Mode))}")
     if settings.get("include_prompt", True) is not True:
         raise ValueError(f"{file}: include_prompt false: expected true, prompts are part of their texts here")
     return modes[0]
