@@ -21,6 +21,7 @@ from transformers import (
 
 from dqbart.data.question_windows import EncodedQuestions, QuestionCollator
 from dqbart.data.questions import Question, read_questions
+from dqbart.evaluation.predict import predict_spans
 from dqbart.evaluation.question_metrics import (
     BestAnswer,
     answer_words,
@@ -29,7 +30,6 @@ from dqbart.evaluation.question_metrics import (
     exact_and_f1,
     question_score,
 )
-from dqbart.evaluation.spans import predict_spans
 
 SQUAD = Path(__file__).parents[1].parent / "shared" / "data" / "squad-qg" / "test.jsonl.gz"
 

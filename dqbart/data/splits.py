@@ -9,7 +9,6 @@ from dqbart.data.columns import Examples, Splittable, guess_columns, hold_out, r
 from dqbart.data.files import list_splits, load_rows
 from dqbart.recipe import Recipe
 
-
 E = TypeVar("E", bound=Splittable)
 
 

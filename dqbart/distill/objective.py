@@ -178,10 +178,11 @@ class Objective:
         return losses.logits_kl(student_BTV, teacher_BTV, target_BT, self.recipe.temperature)
 
 
-def open_objective(
-    recipe: Recipe, maps: dict[str, list[int]], student: Any, teacher: Any, pooling: Any = None
-) -> Any:
-    """The objective of a resolved recipe; `pooling` of sentence embeddings. Raises `ValueError` where student and teacher can't be compared so."""
+def open_objective(recipe: Recipe, maps: dict[str, list[int]], student: Any, teacher: Any, pooling: Any = None) -> Any:
+    """The objective of a resolved recipe; `pooling` is that of sentence embeddings.
+
+    Raises `ValueError` where student and teacher can't be compared so.
+    """
     if student.config.is_encoder_decoder:
         return Objective(recipe, maps)
     from dqbart.distill.encoder_objective import EncoderObjective

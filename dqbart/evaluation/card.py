@@ -16,8 +16,12 @@ NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLs
          "matthews": "Matthews correlation", "pearson": "Pearson", "spearman": "Spearman"}  # fmt: skip
 TAGS = {"classification": "text-classification", "regression": "text-classification", "questions": "question-answering",
         "text": "fill-mask", "sentences": "sentence-similarity", "s2s": "text2text-generation"}  # fmt: skip
-ON_HUB = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr",
-          "exact": "exact_match"}  # metrics' ids there
+ON_HUB = {
+    "matthews": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
+    "exact": "exact_match",
+}  # metrics' ids there
 
 
 def size_lines(report: dict[str, Any]) -> str:

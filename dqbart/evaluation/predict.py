@@ -1,59 +1,107 @@
-"""Logits of a whole data set, in its order.
+"""What a model says of every example of a data set, in the set's order: classes, spans, masked words.
 
 Examples run longest first, so that a batch has little padding and memory fails at once. Trainer's `predict` was
-rejected: it keeps the order of the set, pads every batch to the longest of all, and needs a Trainer.
+rejected: it keeps the order of the set, pads every batch to the longest of all with a number that looks like a logit,
+holds everything on the device until the end, and needs a Trainer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dqbart.data.batches import progress_bar
 
+Collate = Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]
+LABELS = ("labels", "start_positions", "end_positions")  # left out, so that no loss is computed
+
 
 def predict_logits(
-    model: Any,
-    encoded: Any,
-    collator: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]],
-    batch_size: int = 32,
-    *,
-    progress: bool = True,
+    model: Any, encoded: Any, collator: Collate, batch_size: int = 32, *, progress: bool = True
 ) -> np.ndarray:
     """fp32 logits `[N, C]` of a sequence classification model, plain or packed, on the device where it is.
 
-    `encoded`: items with `input_ids`, as `encode_labelled` gives; labels are left out, so no loss is computed. The
-    model is in eval mode meanwhile and as it was afterwards, also after an error. Raises `ValueError` for no examples,
-    a batch size below 1, and a model that gives anything but a row of logits for each example.
+    `encoded`: items with `input_ids`, as `encode_labelled` gives. The model is in eval mode meanwhile and as it was
+    afterwards, also after an error. Raises `ValueError` for no examples, a batch size below 1, and a model that gives
+    anything but a row of logits for each example.
     """
     if not len(encoded):
         raise ValueError("nothing to predict: no examples; expected at least one")
+    rows: list[Any] = [None] * len(encoded)
+    for indices, _, output in _outputs(model, encoded, collator, batch_size, "predicting", progress):
+        logits = getattr(output, "logits", None)
+        if logits is None or logits.dim() != 2 or len(logits) != len(indices):
+            shape = "none" if logits is None else list(logits.shape)
+            raise ValueError(
+                f"{type(model).__name__} gives logits {shape} for {len(indices)} texts; expected [texts, "
+                "classes]; load it with AutoModelForSequenceClassification"
+            )
+        for index, row in zip(indices, logits.float().cpu().numpy(), strict=True):
+            rows[index] = row
+    return np.stack(rows)
+
+
+def predict_masked(
+    model: Any, encoded: Any, collator: Collate, batch_size: int = 32, *, progress: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Best token and label at every masked position `[M]`, of a masked language model; example by example.
+
+    `encoded`: items with `labels`, -100 where nothing is masked. Modes and errors as with `predict_logits`.
+    """
+    if not len(encoded):
+        raise ValueError("nothing to predict: no examples; expected at least one")
+    found: list[Any] = [None] * len(encoded)
+    for indices, batch, output in _outputs(model, encoded, collator, batch_size, "guessing masked words", progress):
+        best_BL, labels_BL = output.logits.argmax(-1).cpu().numpy(), batch["labels"].numpy()
+        for index, best_L, labels_L in zip(indices, best_BL, labels_BL, strict=True):
+            found[index] = np.stack([best_L, labels_L])[:, labels_L != -100]
+    best_M, labels_M = np.concatenate(found, axis=1)
+    return best_M, labels_M
+
+
+def predict_spans(
+    model: Any, encoded: Any, collator: Collate, batch_size: int = 32, *, progress: bool = True
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """`(start_logits, end_logits)`: one float32 array `[L]` per feature, without padding, in the order of `encoded`.
+
+    `encoded`: `EncodedQuestions`. Modes as with `predict_logits`. Raises `ValueError` for a batch size below 1 and a
+    model without start and end logits.
+    """
+    starts: list[np.ndarray] = [np.empty(0, np.float32)] * len(encoded)
+    ends = list(starts)
+    for indices, batch, output in _outputs(model, encoded, collator, batch_size, "answering", progress):
+        if not hasattr(output, "start_logits") or not hasattr(output, "end_logits"):
+            raise ValueError(
+                f"{type(model).__name__} gives no start and end logits; load the checkpoint with "
+                "AutoModelForQuestionAnswering"
+            )
+        lengths = batch["attention_mask"].sum(1).tolist()
+        for rows, logits_BL in ((starts, output.start_logits), (ends, output.end_logits)):
+            for index, values_L, length in zip(indices, logits_BL.float().cpu().numpy(), lengths, strict=True):
+                rows[index] = values_L[:length].copy()
+    return starts, ends
+
+
+def _outputs(
+    model: Any, encoded: Any, collator: Collate, batch_size: int, doing: str, progress: bool
+) -> Iterator[tuple[list[int], dict[str, Tensor], Any]]:
+    """Indices, batch and the model's output, batch by batch."""
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size {batch_size!r}: expected a whole number of at least 1")
     order = np.argsort([-len(item["input_ids"]) for item in encoded], kind="stable")
-    rows: list[np.ndarray] = []
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), progress_bar(len(order), "predicting", unit="text", enabled=progress) as bar:
+        with progress_bar(len(order), doing, unit="text", enabled=progress) as bar:
             for start in range(0, len(order), batch_size):
                 indices = order[start : start + batch_size].tolist()
                 batch = collator([encoded[i] for i in indices])
-                inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
-                logits = getattr(model(**inputs), "logits", None)
-                if logits is None or logits.dim() != 2 or len(logits) != len(indices):
-                    shape = "none" if logits is None else list(logits.shape)
-                    raise ValueError(
-                        f"{type(model).__name__} gives logits {shape} for {len(indices)} texts; expected [texts, "
-                        "classes]; load it with AutoModelForSequenceClassification"
-                    )
-                rows.append(logits.float().cpu().numpy())
+                with torch.no_grad():  # around the model alone: it would hold in the caller's loop, too
+                    output = model(**{k: v.to(model.device) for k, v in batch.items() if k not in LABELS})
+                yield indices, batch, output
                 bar.update(len(indices))
     finally:
         for module in training:  # one by one: some parts may be frozen in eval mode on purpose
             module.training = True
-    logits_NC = np.concatenate(rows)
-    restored_NC = np.empty_like(logits_NC)
-    restored_NC[order] = logits_NC
-    return restored_NC

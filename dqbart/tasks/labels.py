@@ -76,7 +76,8 @@ class Labels(Task):
         return Outcome(found, [names[i] for i in logits_NC.argmax(1)])
 
     def shown(self, examples: Labelled) -> list[dict[str, str]]:
-        texts = examples.texts if examples.pairs is None else map(" | ".join, zip(examples.texts, examples.pairs))
+        pairs = examples.pairs or [""] * len(examples)
+        texts = [f"{a} | {b}" if b else a for a, b in zip(examples.texts, pairs, strict=True)]
         labels = examples.labels or [""] * len(examples)
         names = examples.names
         wanted = [names[int(i)] if names and i != "" else str(i) for i in labels]

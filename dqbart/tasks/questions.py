@@ -8,8 +8,8 @@ from typing import Any
 from dqbart.data.question_windows import EncodedQuestions, QuestionCollator, encode_questions
 from dqbart.data.questions import Questions, read_questions
 from dqbart.data.splits import data_name
+from dqbart.evaluation.predict import predict_spans
 from dqbart.evaluation.question_metrics import best_answers, question_score
-from dqbart.evaluation.spans import predict_spans
 from dqbart.recipe import Recipe
 from dqbart.tasks import PROBES, Outcome, Task
 

@@ -62,6 +62,7 @@ class EncoderSequenceToSequence(Task):
         if examples is None or examples.targets is None:
             return super().probe(model, examples)
         few = examples.select(range(min(PROBES, len(examples))))
+        assert few.targets is not None
         pairs = encode_s2s(
             self.tokenizer, self.layout, few.sources, few.targets, max_source_length=min(64, self._source_length()),
             max_target_length=min(32, self.recipe.max_target_length),

@@ -46,6 +46,7 @@ class Sentences(Task):
         return examples.labels is not None
 
     def score(self, model: Any, examples: Labelled, *, settings: Any = None) -> Outcome:
+        assert examples.pairs is not None
         encoder = model if isinstance(model, SentenceEncoder) else SentenceEncoder(model, self.tokenizer, self.pooling)
         sides = [
             np.asarray(encoder.encode(texts, batch_size=self.recipe.eval_batch_size), np.float64)

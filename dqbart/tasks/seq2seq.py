@@ -50,9 +50,7 @@ class SequenceToSequence(Task):
     def score(self, model: Any, examples: Examples, *, settings: Any = None) -> Outcome:
         texts, settings = write_outputs(model, self.tokenizer, examples.sources, self.recipe, generation=settings)
         references: Any = examples.references or examples.targets
-        found = score(
-            self.recipe.scored_by, texts, references, language=self.recipe.language, generation=settings
-        )
+        found = score(self.recipe.scored_by, texts, references, language=self.recipe.language, generation=settings)
         return Outcome(found, texts)
 
     def shown(self, examples: Examples) -> list[dict[str, str]]:

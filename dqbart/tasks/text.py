@@ -53,12 +53,13 @@ class PlainText(Task):
     def score(self, model: Any, examples: PlainTexts, *, settings: Any = None) -> Outcome:
         """Accuracy of masked words, the same ones for every model."""
         blocks = self._encode(examples, progress=False)
-        items = MaskedItems(blocks, Masker(self.tokenizer, self.recipe.mask_rate or 0.15), seed=28)
+        rate = self.recipe.mask_rate or 0.15
+        items = MaskedItems(blocks, Masker(self.tokenizer, rate), seed=28)
         found = score_labels("accuracy", *predict_masked(model, items, self.collator, self.recipe.eval_batch_size))
         score = dataclasses.replace(
             found, values={"accuracy": found.values["accuracy"]},
             intervals={"accuracy": found.intervals["accuracy"]},
-            definition=f"share of masked tokens guessed right, x 100; {100 * (self.recipe.mask_rate or 0.15):g} % masked",
+            definition=f"share of masked tokens guessed right, x 100; {100 * rate:g} % masked",
         )  # fmt: skip
         return Outcome(score, [])
 
@@ -79,6 +80,4 @@ class PlainText(Task):
                 self.tokenizer, texts.documents, recipe.max_source_length, words=words, seed=recipe.seed,
                 progress=progress,
             )  # fmt: skip
-        return encode_blocks(
-            self.tokenizer, texts.documents, recipe.max_source_length, words=words, progress=progress
-        )
+        return encode_blocks(self.tokenizer, texts.documents, recipe.max_source_length, words=words, progress=progress)
