@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dqbart.distill import losses
-from dqbart.distill.capture import autocast, forward_with_attention
+from dqbart.distill.capture import autocast, forward_with_attention, without_logits
+from dqbart.distill.chunked import chunked_terms
 from dqbart.packed.sentence import Pooling, pool
 from dqbart.quant.attention import AttentionRecord
 from dqbart.recipe import Recipe
@@ -23,6 +24,8 @@ from dqbart.recipe import Recipe
 MAPS = ("attention", "scores")
 RELATIONS = {"queries": "query", "keys": "key", "values": "value"}
 HIDDEN = ("embedding", "hidden", "cosine", "sentence")
+LABELS = ("labels", "start_positions", "end_positions")
+LARGE = 1 << 26  # elements of one model's logits: 256 MiB of fp32
 
 
 class EncoderObjective:
@@ -78,17 +81,63 @@ class EncoderObjective:
         self, student: Any, teacher: Any, batch: dict[str, Tensor], bare_student: Any = None
     ) -> tuple[Tensor, dict[str, Tensor], Any]:
         bare = student if bare_student is None else bare_student
-        inputs = {k: v for k, v in batch.items() if k not in ("labels", "start_positions", "end_positions")}
-        theirs, their_maps = None, _Taps({})
+        inputs = {k: v for k, v in batch.items() if k not in LABELS}
+        words = self.recipe.task in ("text", "s2s") and bool({"task", "logits"} & set(self.weights))
+        theirs, their_taps, their_words = None, _Taps({}), [torch.empty(0)]
         if self.needs_teacher:
-            their_maps = _Taps({m: {*MAPS} for m in self.layer_map}, self.last - 1, set(self.weights))
-            with torch.no_grad(), autocast(self.recipe.bf16, batch["input_ids"].device):
-                theirs = self._forward(teacher, teacher, inputs, their_maps)
-        our_maps = _Taps({i: {*MAPS} for i in range(len(self.layer_map))}, len(self.layer_map) - 1, set(self.weights))
-        ours = self._forward(student, bare, inputs, our_maps)
-        terms = dict(self._terms(ours, theirs, our_maps, their_maps, batch))
-        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+            their_taps = _Taps({m: {*MAPS} for m in self.layer_map}, self.last - 1, set(self.weights))
+            with (
+                torch.no_grad(),
+                autocast(self.recipe.bf16, batch["input_ids"].device),
+                without_logits(teacher, words and "logits" in self.weights) as their_words,
+            ):
+                theirs = self._forward(teacher, teacher, inputs, their_taps)
+        layers = range(len(self.layer_map))
+        our_taps = _Taps({i: {*MAPS} for i in layers}, layers[-1], set(self.weights))
+        with without_logits(bare, words) as our_words:
+            ours = self._forward(student, bare, inputs, our_taps)
+        terms = dict(self._terms(ours, theirs, our_taps, their_taps, batch))
+        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum() if terms else 0.0
+        if words:
+            more, said = self._word_terms(bare, teacher, our_words[0], their_words[0:1], batch)
+            total, terms = total + more, said | terms
         return total, terms, ours
+
+    def _word_terms(
+        self, student: Any, teacher: Any, ours_BLD: Tensor, theirs: list[Tensor], batch: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted total and terms over the vocabulary, of the positions that have a label or, on plain text, are real:
+        whole logits of a batch would be gigabytes.
+        """
+        labels_BL = batch.get("labels")
+        asked_BL = real(batch) if self.recipe.task == "text" and "logits" in self.weights else labels_BL != -100
+        labels_N = None if labels_BL is None else labels_BL[asked_BL]
+        ours_ND = ours_BLD[asked_BL]
+        theirs_ND = theirs[0][asked_BL] if "logits" in self.weights else None
+        labelled = 0 if labels_N is None else int((labels_N != -100).sum())
+
+        def terms_of(ours_nD: Tensor, piece: slice) -> dict[str, Tensor]:
+            z_nV = student.get_output_embeddings()(ours_nD)
+            terms = {}
+            if "task" in self.weights:
+                assert labels_N is not None
+                loss = F.cross_entropy(
+                    z_nV.float(), labels_N[piece], reduction="sum", label_smoothing=self.recipe.label_smoothing
+                )
+                terms["task"] = loss * (len(labels_N) / max(1, labelled * len(z_nV)))  # chunks are weighted by tokens
+            if theirs_ND is not None:
+                with torch.no_grad():
+                    t_nV = teacher.get_output_embeddings()(theirs_ND[piece])
+                compare = losses.logits_mse if self.recipe.logits_loss == "mse" else losses.logits_kl
+                more = (self.recipe.temperature,) if compare is losses.logits_kl else ()
+                terms["logits"] = compare(z_nV[None], t_nV[None], asked_BL.new_ones(1, len(z_nV)), *more)
+            return terms
+
+        with autocast(self.recipe.bf16, ours_BLD.device):
+            if len(ours_ND) * student.config.vocab_size > LARGE:
+                return chunked_terms(ours_ND, student.get_output_embeddings(), terms_of, self.weights)
+            terms = terms_of(ours_ND, slice(0, len(ours_ND)))
+        return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum(), terms
 
     def _forward(self, model: Any, bare: Any, inputs: dict[str, Tensor], taps: "_Taps") -> Any:
         hidden = bool(set(HIDDEN) & set(self.weights))
@@ -101,13 +150,12 @@ class EncoderObjective:
     def _terms(
         self, ours: Any, theirs: Any, our_maps: "_Taps", their_maps: "_Taps", batch: dict[str, Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
-        mask_BL = batch["attention_mask"].bool()
-        if mask_BL.dim() == 4:  # of sequence-to-sequence training: whoever sees itself is real
-            mask_BL = mask_BL[:, 0].diagonal(dim1=1, dim2=2)
-        if "task" in self.weights:
-            yield "task", task_term(self.recipe, ours, batch)
-        if "logits" in self.weights:
-            yield "logits", logits_term(self.recipe, ours, theirs, batch, mask_BL)
+        mask_BL = real(batch)
+        if self.recipe.task not in ("text", "s2s"):
+            if "task" in self.weights:
+                yield "task", task_term(self.recipe, ours, batch)
+            if "logits" in self.weights:
+                yield "logits", logits_term(self.recipe, ours, theirs, batch, mask_BL)
         if "embedding" in self.weights:
             yield "embedding", losses.hidden_mse(ours.hidden_states[0], theirs.hidden_states[0], mask_BL)
         pairs = list(enumerate(self.layer_map))
@@ -140,34 +188,34 @@ class EncoderObjective:
             yield "sentence", (1 - F.cosine_similarity(a_BD, b_BD, dim=-1)).mean()
 
 
+def real(batch: dict[str, Tensor]) -> Tensor:
+    """bool `[B, L]`: no padding. In the additive mask of sequence-to-sequence training, who sees itself is real."""
+    mask = batch["attention_mask"]
+    return mask.bool() if mask.dim() == 2 else mask[:, 0].diagonal(dim1=1, dim2=2) == 0
+
+
 def task_term(recipe: Recipe, output: Any, batch: dict[str, Tensor]) -> Tensor:
-    """What the labels say: cross-entropy of classes, spans or words, squared error of a number."""
+    """What the labels say: cross-entropy of classes or of both ends of a span, squared error of a number."""
     if recipe.task == "regression":
         return F.mse_loss(output.logits.float().squeeze(-1), batch["labels"].float())
     if recipe.task == "questions":
         ends = ((output.start_logits, "start_positions"), (output.end_logits, "end_positions"))
         return torch.stack([F.cross_entropy(logits.float(), batch[name]) for logits, name in ends]).mean()
-    if recipe.task == "classification":
-        return F.cross_entropy(output.logits.float(), batch["labels"], label_smoothing=recipe.label_smoothing)
-    return losses.task_loss(output.logits, batch["labels"], recipe.label_smoothing)
+    return F.cross_entropy(output.logits.float(), batch["labels"], label_smoothing=recipe.label_smoothing)
 
 
 def logits_term(recipe: Recipe, ours: Any, theirs: Any, batch: dict[str, Tensor], mask_BL: Tensor) -> Tensor:
-    """What the teacher says: T^2 KL or squared error of the logits of classes, of spans, or of words at real
-    positions (at those with labels in sequence-to-sequence training); of one number, squared error.
+    """What the teacher says of classes or of both ends of a span: T^2 KL, or squared error of the logits; of one
+    number, squared error.
     """
     compare = losses.logits_mse if recipe.logits_loss == "mse" or recipe.task == "regression" else losses.logits_kl
     more: tuple[float, ...] = (recipe.temperature,) if compare is losses.logits_kl else ()
+    one_B1 = mask_BL.new_ones(len(mask_BL), 1)
     if recipe.task == "questions":
         spans = [(getattr(ours, n), getattr(theirs, n)) for n in ("start_logits", "end_logits")]
-        one_B = mask_BL.new_ones(len(mask_BL), 1)
         hidden = [tuple(x.float().masked_fill(~mask_BL, -1e4)[:, None] for x in pair) for pair in spans]
-        return torch.stack([compare(a, b, one_B, *more) for a, b in hidden]).mean()
-    if recipe.task in ("classification", "regression"):
-        one_B = mask_BL.new_ones(len(mask_BL), 1)
-        return compare(ours.logits[:, None], theirs.logits[:, None], one_B, *more)
-    where_BL = batch["labels"] != -100 if recipe.task == "s2s" else mask_BL
-    return compare(ours.logits, theirs.logits, where_BL, *more)
+        return torch.stack([compare(a, b, one_B1, *more) for a, b in hidden]).mean()
+    return compare(ours.logits[:, None], theirs.logits[:, None], one_B1, *more)
 
 
 class _Taps:
