@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import regex
 
+from dqbart.data.sentences import split_sentences
+
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 References = Sequence[str] | Sequence[Sequence[str]]
 
@@ -28,7 +30,6 @@ _WORD = regex.compile(
     r"|[[\p{L}\p{M}\p{N}]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]+",
     regex.VERSION1,
 )
-_SENTENCE_END = regex.compile(r"[。！？｡]+[\p{Pe}\p{Pf}\"']*\s*|[.!?…؟۔।॥]+[\p{Pe}\p{Pf}\"']*\s+")
 # 13a's words need spaces; sacreBLEU's Japanese and Korean tokenizers need MeCab: so characters.
 _BLEU_TOKENIZERS = {"zh": "zh", "zho": "zh"} | dict.fromkeys(
     ("ja", "jpn", "ko", "kor", "th", "tha", "lo", "lao", "km", "khm", "my", "mya"), "char"
@@ -227,24 +228,6 @@ def resampled_interval(
     drawn = [value(draw.integers(0, count, count)) for _ in range(resamples)]
     low, high = np.percentile(drawn, [2.5, 97.5])
     return float(low), float(high)
-
-
-def split_sentences(text: str) -> list[str]:
-    """Sentences by one rule for all languages: a sentence ends
-
-    at a line end; after `.`, `!`, `?`, `…`, `؟`, `۔`, `।` or `॥`, with quotes or brackets that
-    close there, before white space, unless a lower-case letter follows; and after `。`, `！`, `？`,
-    with or without white space.
-    """
-    sentences: list[str] = []
-    for line in text.splitlines():
-        start = 0
-        for match in _SENTENCE_END.finditer(line):
-            if not line[match.end() : match.end() + 1].islower():
-                sentences.append(line[start : match.end()].strip())
-                start = match.end()
-        sentences.append(line[start:].strip())
-    return [sentence for sentence in sentences if sentence]
 
 
 class _UnicodeTokenizer:

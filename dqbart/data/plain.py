@@ -1,0 +1,116 @@
+"""Plain text as documents: lists of consecutive texts that belong together.
+
+Pre-training and task-agnostic distillation need no labels, but they need to know where one text goes on in the next:
+blocks are filled with the text of one document, and sentence order means something within one document only. A text
+file says it by blank lines (the form that BERT's authors introduced), a table by a column that names the document.
+A table without such a column gives one document per row: gluing the rows of a shuffled set of sentences together would
+teach that unrelated sentences follow each other, and nothing would show it.
+"""
+
+import gzip
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from dqbart.data.columns import _LOOK, _column_kinds, _names, _text, _value, guess_columns
+from dqbart.data.files import _lines, load_rows
+
+TEXT_NAMES = (
+    "text", "content", "sentence", "paragraph", "passage", "body", "article", "document", "abstract", "context",
+    "source", "input", "question",
+)  # fmt: skip
+DOCUMENT_NAMES = ("doc", "doc_id", "docid", "document", "document_id", "book", "title", "id")
+
+
+@dataclass(frozen=True)
+class PlainTexts:
+    """Documents, each a list of texts in reading order, none empty. `str()` is a line to print.
+
+    `text_column` and `document_column` are None for a text file; `skipped` counts rows without text.
+    """
+
+    documents: list[list[str]]
+    text_column: str | None = None
+    document_column: str | None = None
+    guessed: bool = False
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __str__(self) -> str:
+        line = f"{len(self):,} documents, {sum(map(len, self.documents)):,} texts"
+        if self.text_column is not None:
+            grouped = f"documents by {self.document_column!r}" if self.document_column else "every row is a document"
+            line += f"; text column {self.text_column!r}, {grouped}"
+            line += " (guessed; change with --source-column)" if self.guessed else ""
+        return line + (f"; {self.skipped:,} empty rows left out" if self.skipped else "")
+
+
+def read_texts(
+    data: Any, split: str = "train", column: str | None = None, document_column: str | None = None
+) -> PlainTexts:
+    """The documents of `data`: a `.txt` or `.txt.gz` file, or whatever `load_rows` reads.
+
+    In a text file every line is a text and blank lines part documents. Rows have their text in `column`; consecutive
+    rows with the same value in `document_column` are one document. Both columns are guessed where not given.
+
+    Raises `FileNotFoundError` and `ValueError` as `load_rows` and `guess_columns` do: one line, with the place.
+    """
+    if isinstance(data, str | Path) and str(data).lower().endswith((".txt", ".txt.gz")):
+        return _text_file(Path(data).expanduser(), column or document_column)
+    rows = load_rows(data, split=split)
+    text = _text_column(rows, column)
+    document = _document_column(rows, text, document_column)
+    texts = [_text(row, text, number) for number, row in enumerate(rows, 1)]
+    # A missing name, and every row where there is no such column, is a document of its own.
+    names = [_value(row, document) if document else None for row in rows]
+    keys = [("row", number) if name is None else ("name", name) for number, name in enumerate(names)]
+    documents = [
+        kept for _, group in groupby(zip(keys, texts, strict=True), lambda pair: pair[0])
+        if (kept := [text for _, text in group if text])
+    ]  # fmt: skip
+    if not documents:
+        raise ValueError(f"column {text!r}: all {len(rows)} rows are empty there")
+    guessed = column is None or (document is not None and document_column is None)
+    return PlainTexts(documents, text, document, guessed, sum(not text for text in texts))
+
+
+def _text_file(path: Path, column: str | None) -> PlainTexts:
+    if column is not None:
+        raise ValueError(f"column {column!r}: {path} is a text file, which has no columns; leave it out")
+    if not path.is_file():
+        raise FileNotFoundError(f"data {str(path)!r}: no such file")
+    try:
+        documents = list(_paragraphs(_lines(path)))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error})") from None
+    if not documents:
+        raise ValueError(f"{path}: there is no text in it")
+    return PlainTexts(documents)
+
+
+def _paragraphs(lines: Iterator[str]) -> Iterator[list[str]]:
+    for blank, group in groupby(map(str.strip, lines), lambda line: not line):
+        if not blank:
+            yield list(group)
+
+
+def _text_column(rows: Sequence[dict[str, Any]], column: str | None) -> str:
+    """The column given, or the best of `TEXT_NAMES`; the rest, errors too, is `guess_columns`'s."""
+    kinds = _column_kinds(rows[:_LOOK])
+    lower = {name.lower(): name for name in reversed(kinds) if kinds[name] is str}
+    return guess_columns(rows, column or next((lower[name] for name in TEXT_NAMES if name in lower), None)).source
+
+
+def _document_column(rows: Sequence[dict[str, Any]], text: str, column: str | None) -> str | None:
+    kinds = _column_kinds(rows[:_LOOK])
+    if column is None:
+        lower = {name.lower(): name for name in reversed(kinds) if name != text}
+        return next((lower[name] for name in DOCUMENT_NAMES if name in lower), None)
+    if column not in kinds or column == text:
+        raise ValueError(f"document column {column!r}: expected one of {_names(kinds)}, but not the text's")
+    return column
