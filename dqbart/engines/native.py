@@ -22,6 +22,7 @@ from dqbart.packed.layout import FIELD_BITS, as_bytes, as_words, pack, unpack_tr
 from dqbart.packed.skeleton import expected_tensors
 from dqbart.packed.spec import PackedSpec
 from dqbart.packed.verify import check_files, model_config, read_config, read_spec
+from dqbart.quant.narrow import FIELD
 
 S = TypeVar("S", bound="Stacks")
 
@@ -108,6 +109,9 @@ def unsuitable(folder: Path) -> str | None:
         return f"activation {activation!r}: it runs {' and '.join(ACTIVATIONS)}"
     if kind in ("bart", "mbart") and c.encoder_attention_heads != c.decoder_attention_heads:
         return "encoder and decoder have different numbers of heads: it runs equal ones"
+    kept, whole = getattr(c, FIELD, None), c.num_attention_heads
+    if kept not in (None, whole):
+        return f"attention with {kept!r} of {whole} heads: it runs all of them"
     if kind not in ("bart", "mbart") and getattr(c, "is_decoder", False):
         return "is_decoder: of this family it runs encoders, which see the whole text"
     if kind == "albert" and (c.inner_group_num != 1 or c.num_hidden_layers % max(1, c.num_hidden_groups)):

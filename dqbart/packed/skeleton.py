@@ -17,6 +17,7 @@ from dqbart.packed.modules import PACKED, PackedEmbedding, PackedHead, PackedLin
 from dqbart.packed.spec import FLOAT_DTYPES, ModuleSpec, PackedSpec
 from dqbart.quant.attention import quantize_attention
 from dqbart.quant.layers import FakeQuantEmbedding, FakeQuantLinear
+from dqbart.quant.narrow import FIELD, narrow
 from dqbart.quant.rounding import round_as_before, round_once
 
 FakeQuant = FakeQuantLinear | FakeQuantEmbedding
@@ -59,6 +60,8 @@ def swap_modules(model: Any, spec: PackedSpec) -> None:
 
     Raises `ValueError` naming the module where model and spec disagree.
     """
+    if getattr(model.config, FIELD, None) is not None:
+        narrow(model)  # transformers built it with all heads
     for name, entry in sorted(spec.modules.items(), key=lambda item: item[1].tied_to is not None):
         try:
             old = model.get_submodule(name)

@@ -1,0 +1,202 @@
+"""DynaBERT's objective: one set of weights that works at every width, then at every width and depth.
+
+arXiv 2004.04037. In each step every sub-network (dqbart/student/width.py) learns from a fixed teacher: a soft
+cross-entropy of its predictions and the mean squared error of all its hidden states. In stage "width" the teacher is
+the whole model; in "depth" it is what the first stage made, at the sub-network's width (as the article has it; the
+released code runs it at full width every time). A regression compares predictions by their squared error (there,
+they are dropped). A sub-network's layers are held to what the teacher's same layers are given, and its last hidden
+state to the teacher's last one, as released.
+
+Twelve graphs at once would need the memory of twelve models in training, so each sub-network's gradients are made
+right after its forward pass and added up, and the total's backward pass hands out the sums. Rejected: a backward pass
+per sub-network inside the objective, since what scales, clips or accumulates the loss in Trainer would not see it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dqbart.distill import losses
+from dqbart.distill.capture import autocast
+from dqbart.student.width import Shared
+
+WIDTHS = (0.25, 0.5, 0.75, 1.0)
+TERMS = ("task", "logits", "hidden")
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+_LABELS = ("labels", "start_positions", "end_positions")
+_FAR = -1e4  # a logit whose probability is 0 in fp32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What is trained: sub-networks of all `widths` and `depths`, by terms of these `weights`. `same_width`: the
+    teacher is an elastic model, too, and runs at the sub-network's width (and all of its depth).
+    """
+
+    weights: dict[str, float]
+    widths: tuple[float, ...] = WIDTHS
+    depths: tuple[float, ...] = (1.0,)
+    same_width: bool = False
+
+    def __post_init__(self) -> None:
+        for name, weight in self.weights.items():
+            if name not in TERMS or not weight >= 0:
+                raise ValueError(f"weights {name!r}: {weight!r}: expected {', '.join(TERMS)} with at least 0")
+        if not any(self.weights.values()) or not self.widths or not self.depths:
+            raise ValueError(f"{self}: expected a width, a depth and a positive weight at least")
+
+
+STAGES = {
+    "width": Stage(weights={"logits": 1.0, "hidden": 0.1}),
+    "depth": Stage(weights={"logits": 1.0, "hidden": 1.0}, depths=(0.5, 0.75, 1.0), same_width=True),
+    "labels": Stage(weights={"task": 1.0}, depths=(0.5, 0.75, 1.0)),
+}
+
+
+class ElasticObjective:
+    """Loss terms of one batch, each summed over sub-networks. Called like `dqbart.distill.objective.Objective`."""
+
+    def __init__(self, stage: Stage | str, *, bf16: bool = False) -> None:
+        if isinstance(stage, str) and stage not in STAGES:
+            raise ValueError(f"stage {stage!r}: expected one of {', '.join(STAGES)}, or a Stage")
+        self.stage = STAGES[stage] if isinstance(stage, str) else stage
+        self.bf16 = bf16
+        self.weights = {name: weight for name, weight in self.stage.weights.items() if weight}
+        self.needs_teacher = set(self.weights) != {"task"}
+        self._made: dict[tuple[int, float, float], Shared] = {}
+
+    def __call__(
+        self, student: Any, teacher: Any, batch: dict[str, Tensor], bare_student: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor], Any]:
+        """`(weighted total, terms, output of the largest sub-network)`.
+
+        Batch: input_ids and attention_mask [B, L], and labels where `task` counts. Gradients flow from the total
+        alone. In distributed training they are averaged here: DistributedDataParallel does it only after a
+        forward pass of its own. Raises `ValueError` for models that don't fit each other or the method.
+        """
+        bare = student if bare_student is None else bare_student
+        if self.needs_teacher and teacher.config.num_hidden_layers != bare.config.num_hidden_layers:
+            raise ValueError(
+                f"student of {bare.config.num_hidden_layers} layers, teacher of {teacher.config.num_hidden_layers}: "
+                "elastic training needs as many; depth is what it makes elastic"
+            )
+        terms: dict[str, Tensor] = {}
+        outputs: list[Any] = []
+        parameters = [p for p in bare.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+        total = _Summed.apply(lambda: self._losses(bare, teacher, batch, terms, outputs), *parameters)
+        return total, terms, outputs[-1]
+
+    def _losses(
+        self, student: Any, teacher: Any, batch: dict[str, Tensor], terms: dict[str, Tensor], outputs: list[Any]
+    ) -> Iterator[Tensor]:
+        """Each sub-network's loss, smallest first; `terms` and `outputs` are filled on the way."""
+        inputs = {name: batch[name] for name in _INPUTS if name in batch}
+        labels = {name: batch[name] for name in _LABELS if name in batch} if "task" in self.weights else {}
+        hidden, device = "hidden" in self.weights, batch["input_ids"].device
+        teacher_output: Any = None
+        for width in sorted(self.stage.widths):
+            if self.needs_teacher and (teacher_output is None or self.stage.same_width):
+                runs = self._shared(teacher, width, 1.0) if self.stage.same_width else teacher
+                with torch.no_grad(), autocast(self.bf16, device):
+                    teacher_output = runs(**inputs, output_hidden_states=hidden)
+            for depth in sorted(self.stage.depths):
+                shared = self._shared(student, width, depth)
+                with autocast(self.bf16, device):
+                    output = shared(**inputs, **labels, output_hidden_states=hidden)
+                found = self._terms(output, teacher_output, batch, shared)
+                for name, term in found.items():
+                    terms[name] = terms.get(name, torch.zeros_like(term)) + term.detach()
+                outputs[:] = [output]
+                yield torch.stack([self.weights[name] * term for name, term in found.items()]).sum()
+
+    def _shared(self, model: Any, width: float, depth: float) -> Shared:
+        key = id(model), width, depth
+        if key not in self._made:
+            self._made[key] = Shared(model, width, depth)  # keeps the model, and so its id
+        return self._made[key]
+
+    def _terms(self, student: Any, teacher: Any, batch: dict[str, Tensor], shared: Shared) -> dict[str, Tensor]:
+        terms = {}
+        if "task" in self.weights:
+            if getattr(student, "loss", None) is None:
+                raise ValueError(f"a batch of {', '.join(batch)} gives no loss: the term 'task' needs labels")
+            terms["task"] = student.loss.float()
+        if "logits" in self.weights:
+            terms["logits"] = prediction_loss(student, teacher, batch, shared.model.config)
+        if "hidden" in self.weights:
+            mask_BL = batch["attention_mask"].flatten(0, -2).bool()
+            last = len(teacher.hidden_states) - 1
+            pairs = zip(student.hidden_states, [*shared.kept, last], strict=True)
+            terms["hidden"] = torch.stack(
+                [losses.hidden_mse(ours, teacher.hidden_states[i], mask_BL) for ours, i in pairs]
+            ).sum()
+        return terms
+
+
+def prediction_loss(student: Any, teacher: Any, batch: dict[str, Tensor], config: Any) -> Tensor:
+    """How far a head's output is from the teacher's, whatever the head.
+
+    Classes [B, C]: soft cross-entropy; of a regression, or one class: mean squared error. Words or tokens [B, L, C]:
+    soft cross-entropy, mean over positions with a label, or real ones if there are no labels per position. Question
+    answering: mean of the two over real positions. Raises `ValueError` for models without a head or of several labels.
+    """
+    if hasattr(student, "start_logits"):
+        padding_BL = ~batch["attention_mask"].bool()
+        pairs = [(student.start_logits, teacher.start_logits), (student.end_logits, teacher.end_logits)]
+        return torch.stack(
+            [losses.soft_cross_entropy(*(z.float().masked_fill(padding_BL, _FAR) for z in pair)) for pair in pairs]
+        ).mean()
+    if not hasattr(student, "logits"):
+        raise ValueError(
+            f"{type(student).__name__} has no logits: give the model a head, or the term 'logits' weight 0"
+        )
+    ours, theirs = student.logits, teacher.logits
+    if ours.dim() == 3:
+        labels = batch.get("labels")
+        counted_BL = batch["attention_mask"].bool()
+        if labels is not None and labels.shape == counted_BL.shape:
+            counted_BL = labels.ne(-100)
+        if not counted_BL.any():
+            return (ours * 0).sum().float()
+        return losses.soft_cross_entropy(ours[counted_BL], theirs[counted_BL])
+    if config.problem_type == "multi_label_classification":
+        raise ValueError("problem_type 'multi_label_classification': expected one label, or a regression")
+    if ours.size(-1) == 1 or config.problem_type == "regression":
+        return (ours.float() - theirs.float()).square().mean()
+    return losses.soft_cross_entropy(ours, theirs)
+
+
+class _Summed(torch.autograd.Function):
+    """Sum of losses, gradients made one loss at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, each: Callable[[], Iterator[Tensor]], *parameters: Tensor) -> Tensor:
+        sums: list[Tensor | None] = [None] * len(parameters)
+        values = []
+        with torch.set_grad_enabled(bool(parameters)):
+            for loss in each():
+                values.append(loss.detach())
+                if parameters:
+                    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+                    sums = [a if b is None else b if a is None else a + b for a, b in zip(sums, found, strict=True)]
+        ctx.save_for_backward(*(_mean_over_processes(gradient) for gradient in sums))
+        return torch.stack(values).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, *(None if gradient is None else grad * gradient for gradient in ctx.saved_tensors)
+
+
+def _mean_over_processes(gradient: Tensor | None) -> Tensor | None:
+    from torch import distributed
+
+    if gradient is None or not (distributed.is_available() and distributed.is_initialized()):
+        return gradient
+    gradient = gradient.contiguous()
+    distributed.all_reduce(gradient)
+    return gradient / distributed.get_world_size()
