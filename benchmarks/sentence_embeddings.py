@@ -58,7 +58,7 @@ def sentences(data: Path, most: int) -> list[str]:
     """Different sentences of all sets, as many of each as there are sets to share `most`, in an order of their own."""
     import random
 
-    from dqbart.evaluation.metrics import split_sentences
+    from dqbart.data.sentences import split_sentences
 
     draw = random.Random(28)
     found: list[str] = []

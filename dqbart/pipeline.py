@@ -78,6 +78,7 @@ def compress(
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     output = Path(os.path.abspath(output))
     say(f"teacher {teacher if isinstance(teacher, str | Path) else type(teacher).__name__}")
+    from dqbart.distill.objective import open_objective
     from dqbart.packed.gate import check_in_fresh_process
     from dqbart.student.depth import stack_maps
     from dqbart.tasks import open_task
@@ -92,6 +93,8 @@ def compress(
     start = task.adapt(start, new_head=True) if start is not None else None
     assert recipe.layers is not None
     maps = stack_maps(model.config, recipe.layers, recipe.layer_map)
+    small = _student(model, start, recipe)
+    stages = [(stage, open_objective(stage, maps, small, model, task.pooling)) for stage in recipe.stages()]
     identity = {"recipe": recipe.to_dict(), "teacher": teacher_fingerprint(model), "data": data_fingerprint(train, dev)}
     if start is not None:
         identity["student"] = teacher_fingerprint(start)
@@ -101,10 +104,9 @@ def compress(
         return Result(output, run.finished)
     say(f"student {recipe.bits} bits, {recipe.layers} layers, {_origin(recipe, maps, student)}")
     seconds: dict[str, float] = {}
-    small = _student(model, start, recipe)
     if train is not None and (recipe.epochs > 0 or recipe.max_steps > 0):
         with _timed(seconds, "training"):
-            if not _distil(model, small, task, train, dev, recipe, maps, run, device):
+            if not _distil(model, small, task, train, dev, stages, run, device):
                 return Result(output, {})  # another process of the same run does the rest
     with _timed(seconds, "packing"):
         task.settle(small, model)
@@ -184,29 +186,27 @@ def _student(teacher: Any, start: Any, recipe: Recipe) -> Any:
 
 
 def _distil(
-    teacher: Any, student: Any, task: Any, train: Any, dev: Any, recipe: Recipe, maps: Any, run: Run,
+    teacher: Any, student: Any, task: Any, train: Any, dev: Any, stages: list[tuple[Recipe, Any]], run: Run,
     device: str | None,
 ) -> bool:  # fmt: skip
     """Train the student in place; true in the process that carries on afterwards."""
     from accelerate import PartialState
 
     from dqbart.distill import trainer
-    from dqbart.distill.objective import open_objective
 
     state = PartialState(cpu=device == "cpu")
     rows, collator = task.training_set(train, teacher, run.work)
     say(f"training data: {rows}")
     subset = None
     if dev is not None and task.is_scored(dev):
-        subset = dev.select(range(min(recipe.dev_subset, len(dev))))
-    stages = recipe.stages()
-    for number, stage in enumerate(stages, 1):
+        subset = dev.select(range(min(stages[0][0].dev_subset, len(dev))))
+    for number, (stage, objective) in enumerate(stages, 1):
         folder = run.work if len(stages) == 1 else run.work / f"stage-{number}"
         if len(stages) > 1:
             say(f"stage {number} of {len(stages)}: {stage.method}, losses {', '.join(stage.terms)}")
         trainer.train(
             trainer.DistillationTrainer(
-                model=student, teacher=teacher, objective=open_objective(stage, maps, student, teacher, task.pooling),
+                model=student, teacher=teacher, objective=objective,
                 args=trainer.training_arguments(stage, folder, len(rows), device), train_dataset=rows,
                 data_collator=collator,
                 dev_score=(lambda model: task.score(model, subset).score) if subset is not None else None,

@@ -82,7 +82,7 @@ def data_fingerprint(train: Any, dev: Any) -> str | None:
     for examples in (train, dev):
         if examples is not None:
             values = [getattr(examples, f.name) for f in dataclasses.fields(examples) if f.name != "skipped"]
-            digest.update(json.dumps(values).encode())
+            digest.update(json.dumps(values, default=dataclasses.asdict).encode())
     return digest.hexdigest()[:16]
 
 

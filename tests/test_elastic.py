@@ -23,7 +23,7 @@ from dqbart.distill.elastic import STAGES, ElasticObjective, Stage, prediction_l
 from dqbart.quant.attention import use_attention
 from dqbart.quant.layers import prepare
 from dqbart.quant.narrow import layers_of
-from dqbart.student.depth import kept_layers
+from dqbart.student.maps import kept_layers
 from dqbart.student.width import Shared, subnetwork
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
-from dqbart.distill import losses
+from dqbart.distill import chunked, losses
+from dqbart.distill import encoder_objective as module
 from dqbart.distill.encoder_objective import EncoderObjective
 from dqbart.methods import METHODS, OF_ENCODERS, only
 from dqbart.quant.attention import use_attention
@@ -40,7 +41,9 @@ def pair(
     if quantize:
         prepare(student, quantize)
     (layer_map,) = stack_maps(teacher.config, Layers(str(layers)), recipe.layer_map).values()
-    return student, teacher, EncoderObjective(recipe, layer_map, student, teacher)
+    objective = EncoderObjective(recipe, layer_map, student, teacher)
+    objective.begin(student)
+    return student, teacher, objective
 
 
 @torch.no_grad()
@@ -214,6 +217,24 @@ def test_spans_see_no_padding() -> None:
     }
     after = terms_of(objective, student, teacher, wide | ends)
     assert before["logits"] == pytest.approx(after["logits"], rel=1e-4) and before["logits"] > 1e-6
+
+
+def test_chunks_of_the_vocabulary_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for losses_ in (only(task=1.0), only(logits=2.0), only(task=0.5, logits=1.0)):
+        gradients, totals = [], []
+        for large in (module.LARGE, 0):
+            monkeypatch.setattr(module, "LARGE", large)
+            monkeypatch.setattr(chunked, "CHUNK", 3)
+            student, teacher, objective = pair(Recipe(task="text", losses=losses_, label_smoothing=0.1))
+            batch = masked([8, 5])
+            batch["labels"][:, 2:4] = -100
+            total, terms, _ = objective(student, teacher, batch)
+            total.backward()
+            totals.append([float(total.detach()), *(float(t.detach()) for t in terms.values())])
+            gradients.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
+        assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+        for name, gradient in gradients[0].items():
+            assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
 
 
 def test_models_that_can_t_be_compared() -> None:

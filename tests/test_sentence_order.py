@@ -106,6 +106,13 @@ def test_pairs_fill_the_room_and_part_at_sentences() -> None:
     assert [*pairs(seed=1)] == [*pairs(seed=1)] != [*pairs(seed=2)]
 
 
+def test_sentences_longer_than_half_the_room_are_cut_and_not_lost() -> None:
+    texts = [["W1 w2 w3 w4 w5 w6 w7 w8 w9. " * 3]]
+    data = encode_pairs_of_segments(bert(), texts, 20, progress=False)
+    assert data.rows.lengths_R.tolist() == [10, 10, 10] and data.cuts_R is not None and set(data.cuts_R) == {8}
+    check(data, texts)
+
+
 def test_repeated_sentences_and_spaces_are_told_apart() -> None:
     texts = [["No. No.  No. W1 w2 w3 w4 w5."]]
     cuts = set()

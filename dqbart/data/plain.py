@@ -7,15 +7,16 @@ A table without such a column gives one document per row: gluing the rows of a s
 teach that unrelated sentences follow each other, and nothing would show it.
 """
 
+import dataclasses
 import gzip
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from dqbart.data.columns import _LOOK, _column_kinds, _names, _text, _value, guess_columns
+from dqbart.data.columns import column_kinds, column_names, guess_columns, read_text, read_value
 from dqbart.data.files import _lines, load_rows
 
 TEXT_NAMES = (
@@ -38,8 +39,18 @@ class PlainTexts:
     guessed: bool = False
     skipped: int = 0
 
+    @property
+    def sources(self) -> list[str]:
+        """What `hold_out` goes by: documents with the same beginning stay together."""
+        return [texts[0] for texts in self.documents]
+
     def __len__(self) -> int:
         return len(self.documents)
+
+    def select(self, indices: Iterable[int]) -> "PlainTexts":
+        """The documents at `indices`, in that order."""
+        chosen = [self.documents[i] for i in indices]
+        return dataclasses.replace(self, documents=chosen, skipped=0)
 
     def __str__(self) -> str:
         line = f"{len(self):,} documents, {sum(map(len, self.documents)):,} texts"
@@ -65,9 +76,9 @@ def read_texts(
     rows = load_rows(data, split=split)
     text = _text_column(rows, column)
     document = _document_column(rows, text, document_column)
-    texts = [_text(row, text, number) for number, row in enumerate(rows, 1)]
+    texts = [read_text(row, text, number) for number, row in enumerate(rows, 1)]
     # A missing name, and every row where there is no such column, is a document of its own.
-    names = [_value(row, document) if document else None for row in rows]
+    names = [read_value(row, document) if document else None for row in rows]
     keys = [("row", number) if name is None else ("name", name) for number, name in enumerate(names)]
     documents = [
         kept for _, group in groupby(zip(keys, texts, strict=True), lambda pair: pair[0])
@@ -101,16 +112,16 @@ def _paragraphs(lines: Iterator[str]) -> Iterator[list[str]]:
 
 def _text_column(rows: Sequence[dict[str, Any]], column: str | None) -> str:
     """The column given, or the best of `TEXT_NAMES`; the rest, errors too, is `guess_columns`'s."""
-    kinds = _column_kinds(rows[:_LOOK])
+    kinds = column_kinds(rows)
     lower = {name.lower(): name for name in reversed(kinds) if kinds[name] is str}
     return guess_columns(rows, column or next((lower[name] for name in TEXT_NAMES if name in lower), None)).source
 
 
 def _document_column(rows: Sequence[dict[str, Any]], text: str, column: str | None) -> str | None:
-    kinds = _column_kinds(rows[:_LOOK])
+    kinds = column_kinds(rows)
     if column is None:
         lower = {name.lower(): name for name in reversed(kinds) if name != text}
         return next((lower[name] for name in DOCUMENT_NAMES if name in lower), None)
     if column not in kinds or column == text:
-        raise ValueError(f"document column {column!r}: expected one of {_names(kinds)}, but not the text's")
+        raise ValueError(f"document column {column!r}: expected one of {column_names(kinds)}, but not the text's")
     return column

@@ -47,8 +47,7 @@ class EncoderObjective:
             raise ValueError(f"teacher_layer {self.last}: expected from 1 to {theirs.num_hidden_layers}")
         self.relation_heads = recipe.relation_heads or theirs.num_attention_heads
         self._check(ours, theirs)
-        if set(HIDDEN) & set(self.weights) and ours.hidden_size != theirs.hidden_size:
-            _project(student, theirs.hidden_size)
+        self.width = theirs.hidden_size
 
     def _check(self, ours: Any, theirs: Any) -> None:
         by_head = [name for name in (*MAPS, "attention_kl") if name in self.weights]
@@ -70,6 +69,11 @@ class EncoderObjective:
                 f"losses.logits: the student has {ours.num_labels} labels and {ours.vocab_size} tokens, the teacher "
                 f"{theirs.num_labels} and {theirs.vocab_size}; expected the same, or a method without logits"
             )
+
+    def begin(self, student: Any) -> None:
+        """Put the projection, if one is needed, into a student that is going to be trained."""
+        if set(HIDDEN) & set(self.weights) and student.config.hidden_size != self.width:
+            _project(student, self.width)
 
     def finish(self, student: Any) -> None:
         """Take the projection out of a trained student."""
@@ -97,7 +101,7 @@ class EncoderObjective:
         with without_logits(bare, words) as our_words:
             ours = self._forward(student, bare, inputs, our_taps)
         terms = dict(self._terms(ours, theirs, our_taps, their_taps, batch))
-        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum() if terms else 0.0
+        total = sum((self.weights[name] * term for name, term in terms.items()), torch.zeros(()))
         if words:
             more, said = self._word_terms(bare, teacher, our_words[0], their_words[0:1], batch)
             total, terms = total + more, said | terms
@@ -110,7 +114,10 @@ class EncoderObjective:
         whole logits of a batch would be gigabytes.
         """
         labels_BL = batch.get("labels")
-        asked_BL = real(batch) if self.recipe.task == "text" and "logits" in self.weights else labels_BL != -100
+        if labels_BL is None or (self.recipe.task == "text" and "logits" in self.weights):
+            asked_BL = real(batch)
+        else:
+            asked_BL = labels_BL != -100
         labels_N = None if labels_BL is None else labels_BL[asked_BL]
         ours_ND = ours_BLD[asked_BL]
         theirs_ND = theirs[0][asked_BL] if "logits" in self.weights else None

@@ -87,8 +87,11 @@ class Objective:
         others = self._layers(student_out, teacher_out, student_maps, teacher_maps, batch, mapless)
         return self._add(total, others), terms | others, student_out
 
+    def begin(self, student: Any) -> None:
+        """The student is as it is."""
+
     def finish(self, student: Any) -> None:
-        """Nothing of the objective is left in the student."""
+        """Nothing of the objective is in the student."""
 
     def _add(self, total: Tensor, terms: dict[str, Tensor]) -> Tensor:
         return sum((self._weight(name) * term for name, term in terms.items()), total)

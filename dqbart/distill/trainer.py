@@ -87,6 +87,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         data_collator: Any,
         dev_score: DevScore | None = None,
     ) -> None:
+        objective.begin(model)  # before there is an optimizer
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator)
         self.model_accepts_loss_kwargs = False
         self.teacher = teacher.eval().requires_grad_(False).to(args.device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dqbart.quant.narrow import heads_of, layer_names, layers_of, narrow, set_heads
-from dqbart.student.depth import kept_layers
+from dqbart.student.maps import kept_layers
 
 __all__ = ["Shared", "load_subnetwork", "subnetwork", "width_sizes"]
 

@@ -39,12 +39,12 @@ class PlainText(Task):
                 f"{type(model).__name__}: has no masked-language-model head, which losses.task and losses.logits need; "
                 "use a method that looks at inner layers, such as minilm or tinybert"
             )
+        Masker(self.tokenizer, self._rate())  # there is a mask, if one is needed
         return model
 
     def training_set(self, train: PlainTexts, teacher: Any, folder: Path) -> tuple[Any, Any]:
         blocks = self._encode(train)
-        rate = self.recipe.mask_rate if "task" in self.recipe.terms else 0.0
-        masker = Masker(self.tokenizer, rate, self.recipe.masking, blocks.counts_V)
+        masker = Masker(self.tokenizer, self._rate(), self.recipe.masking, blocks.counts_V)
         return MaskedItems(blocks, masker, self.recipe.seed), self.collator
 
     def is_scored(self, examples: PlainTexts) -> bool:
@@ -71,6 +71,9 @@ class PlainText(Task):
             self.tokenizer(texts, truncation=True, max_length=PROBE_TOKENS, padding=True, padding_side="right",
                            return_tensors="pt")
         )  # fmt: skip
+
+    def _rate(self) -> float:
+        return self.recipe.mask_rate if "task" in self.recipe.terms else 0.0
 
     def _encode(self, texts: PlainTexts, progress: bool = True) -> EncodedBlocks:
         recipe = self.recipe

@@ -1,0 +1,264 @@
+"""Every task from a data file to a packed folder and back, on small encoders; and what is refused on the way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS, sentences
+from tiny_models import tiny_encoder
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+import dqbart
+from dqbart.cli import main
+from dqbart.data.files import load_rows
+from dqbart.packed.plain import is_plain
+from dqbart.packed.sentence import Pooling, write_pooling
+from dqbart.tasks.run import evaluate
+
+FEW = dict(max_steps=4, batch_size=8, evaluations=2, dev_subset=8, max_source_length=32)
+
+
+def bert_tokenizer() -> Any:
+    """One token per word, `[CLS] ... [SEP]` around, with a mask."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    special = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*special, *WORDS, "."])}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 0), ("[SEP]", 2)]
+    )
+    names = dict(cls_token="[CLS]", pad_token="[PAD]", sep_token="[SEP]", unk_token="[UNK]", mask_token="[MASK]")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, model_max_length=64, **names,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a BERT for masked words."""
+    folder = tmp_path_factory.mktemp("bert")
+    tiny_encoder("bert").save_pretrained(folder)
+    bert_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts that mention a dog or a cat, and say so."""
+    rows = [{"sentence": text, "label": "dog" if "dog" in text else "other"} for text in sentences(300, seed=1)]
+    return write(tmp_path_factory.mktemp("data") / "labelled.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def classifier(bert: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `finetune` makes of the BERT: the teacher of other tests."""
+    recipe = dqbart.Recipe(
+        bits="32-32-32",
+        method="finetune",
+        task="classification",
+        learning_rate=1e-3,
+        **FEW | dict(max_steps=150, batch_size=16, dev_subset=30),
+    )  # type: ignore[arg-type]
+    folder = tmp_path_factory.mktemp("out") / "classifier"
+    result = dqbart.compress(bert, labelled, recipe=recipe, output=folder)
+    assert "teacher" not in result.report["scores"] and "this model |" in (folder / "README.md").read_text()
+    return folder
+
+
+def test_finetuning_leaves_a_plain_checkpoint_that_knows_its_classes(classifier: Path, labelled: Path) -> None:
+    assert is_plain(classifier)
+    model = AutoModelForSequenceClassification.from_pretrained(classifier)  # transformers alone
+    assert model.config.id2label == {0: "dog", 1: "other"}
+    assert json.loads((classifier / "report.json").read_text())["scores"]["student"]["values"]["accuracy"] > 80
+    assert type(dqbart.load(classifier)) is type(model)
+    with pytest.raises(ValueError, match=r"engine 'cpu': .* is a float model \(bits 32-32-32\); expected 'auto'"):
+        dqbart.load(classifier, engine="cpu")
+    score, rows = evaluate(str(classifier), labelled)
+    assert score.values["accuracy"] > 80 and {row["output"] for row in rows} <= {"dog", "other"}
+    assert rows[0].keys() == {"source", "reference", "output"}
+
+
+@pytest.mark.parametrize("method", ["dq", "prediction", "tinybert", "minilm", "minilm2", "ternarybert"])
+def test_a_classifier_is_distilled_by_every_method(
+    method: str, classifier: Path, labelled: Path, tmp_path: Path
+) -> None:
+    layers = "3" if method == "ternarybert" else "1"
+    recipe = dqbart.Recipe(bits="2-2-8", layers=layers, method=method, prediction_epochs=0.1, **FEW)  # type: ignore[arg-type]
+    result = dqbart.compress(classifier, labelled, recipe=recipe, output=tmp_path / "small")
+    report = result.report
+    assert report["recipe"]["task"] == "classification" and report["gate"]["max_logit_difference"] <= 1e-4
+    assert report["gate"]["greedy_ids_equal"] is None and {"teacher", "student"} <= report["scores"].keys()
+    assert report["scores"]["outputs"][0].keys() == {"source", "reference", "teacher", "student"}
+    assert (tmp_path / "small.training" / "stage-2" / "metrics.jsonl").exists() == (method == "tinybert")
+    model = result.load()
+    assert model.config.id2label == {0: "dog", 1: "other"} and model.config.num_hidden_layers == int(layers)
+    assert not any("distill" in name for name in model.state_dict())
+    score, _ = evaluate(str(tmp_path / "small"), labelled)
+    assert score.n == 300
+
+
+def test_a_narrow_student_general_then_task(bert: Path, classifier: Path, labelled: Path, tmp_path: Path) -> None:
+    """MiniLM's way: plain text first, then the student is what the next run starts from; one more for its teacher."""
+    texts = write(tmp_path / "texts.jsonl", [{"text": text} for text in sentences(60, seed=2)])
+    shape = dict(layers="2", hidden_size=16, heads=4, intermediate_size=24)
+    general = dqbart.Recipe(bits="32-32-32", method="minilm", **shape, **FEW)  # type: ignore[arg-type]
+    first = dqbart.compress(bert, texts, recipe=general, output=tmp_path / "general")
+    assert first.report["recipe"]["task"] == "text" and "scores" not in first.report
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "general")
+    assert (model.config.hidden_size, model.config.num_hidden_layers) == (16, 2)
+
+    task = dqbart.Recipe(bits="8-8-8", method="tinybert", layer_map="top", **FEW)  # type: ignore[arg-type]
+    second = dqbart.compress(
+        classifier, labelled, student=tmp_path / "general", recipe=task, output=tmp_path / "task", device="cpu"
+    )
+    assert second.load().config.hidden_size == 16 and second.report["layer_maps"] == {"num_hidden_layers": [1, 2]}
+    assert "Begun as a student of an earlier run" in (tmp_path / "task" / "README.md").read_text()
+    other = dqbart.Recipe(bits="8-8-8", layers="1", **FEW)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="layers 1: the student that is given has 2 and a shape; leave these out"):
+        dqbart.compress(classifier, labelled, student=tmp_path / "general", recipe=other, output=tmp_path / "no")
+
+
+@pytest.mark.parametrize("method", ["distilbert", "tinybert", "dq"])
+def test_plain_text(method: str, bert: Path, tmp_path: Path) -> None:
+    rows = [{"text": text + " .", "doc": i // 10} for i, text in enumerate(sentences(200, seed=3))]
+    recipe = dqbart.Recipe(bits="8-8-8", layers="1", method=method, segments=2 if method == "tinybert" else 1, **FEW)  # type: ignore[arg-type]
+    result = dqbart.compress(bert, write(tmp_path / "text.jsonl", rows), recipe=recipe, output=tmp_path / "out")
+    log = [json.loads(line) for line in (tmp_path / "out.training" / "metrics.jsonl").read_text().splitlines()]
+    assert set(recipe.terms) <= log[0].keys()
+    if method == "tinybert":  # looks at inner layers alone: nothing to choose by
+        assert "scores" not in result.report
+    else:
+        assert list(result.report["scores"]["student"]["values"]) == ["accuracy"]
+    assert torch.isfinite(result.load()(input_ids=torch.tensor([[0, 5, 2]])).logits).all()
+
+
+def test_numbers(bert: Path, tmp_path: Path) -> None:
+    rows = [
+        {"sentence1": a, "sentence2": b, "score": len(set(a.split()) & set(b.split())) + 0.5}
+        for a, b in zip(sentences(90, seed=4), sentences(90, seed=5), strict=True)
+    ]
+    data = write(tmp_path / "pairs.jsonl", rows)
+    base = dict(task="regression", **FEW)
+    teacher = dqbart.compress(
+        bert, data, recipe=dqbart.Recipe(bits="32-32-32", method="finetune", **base), output=tmp_path / "teacher"
+    )  # type: ignore[arg-type]
+    assert teacher.load().config.num_labels == 1 and teacher.report["scores"]["student"]["metric"] == "spearman"
+    recipe = dqbart.Recipe(bits="2-2-8", layers="1", method="tinybert", prediction_epochs=0.2, **FEW)  # type: ignore[arg-type]
+    result = dqbart.compress(tmp_path / "teacher", data, recipe=recipe, output=tmp_path / "small")
+    assert result.report["recipe"]["task"] == "regression"  # one label: a number
+    log = (tmp_path / "small.training" / "stage-2" / "metrics.jsonl").read_text()
+    assert '"task":' in log and '"logits":' not in log  # TinyBERT's second stage learns from labels here
+
+
+def test_questions(bert: Path, tmp_path: Path) -> None:
+    rows = []
+    for i, text in enumerate(sentences(60, seed=6)):
+        words = text.split()
+        start = text.index(words[1]) if words[1] != words[0] else 0
+        answers = {"text": [words[1]], "answer_start": [start]} if i % 5 else {"text": [], "answer_start": []}
+        rows.append({"id": str(i), "question": words[0], "context": text, "answers": answers})
+    data = write(tmp_path / "squad.jsonl", rows)
+    base = dict(task="questions", **FEW)
+    finetune = dqbart.Recipe(bits="32-32-32", method="finetune", **base)  # type: ignore[arg-type]
+    teacher = dqbart.compress(bert, data, recipe=finetune, output=tmp_path / "teacher")
+    assert list(teacher.report["scores"]["student"]["values"])[:2] == ["f1", "exact"]
+    recipe = dqbart.Recipe(bits="2-2-8", layers="2", **FEW)  # type: ignore[arg-type]
+    result = dqbart.compress(tmp_path / "teacher", data, recipe=recipe, output=tmp_path / "small")
+    assert (
+        result.report["recipe"]["task"] == "questions"
+        and "question-answering" in (tmp_path / "small" / "README.md").read_text()
+    )
+    score, rows_out = evaluate(str(tmp_path / "small"), data)
+    assert score.n == 60 and all(row["output"] in row["source"] for row in rows_out)
+
+
+def test_sentence_embeddings(tmp_path: Path) -> None:
+    folder = tmp_path / "encoder"
+    tiny_encoder("bert").bert.save_pretrained(folder)
+    bert_tokenizer().save_pretrained(folder)
+    write_pooling(folder, Pooling(mode="mean", normalize=True, max_seq_length=16))
+    pairs = [
+        {"sentence1": a, "sentence2": b, "score": i % 6}
+        for i, (a, b) in enumerate(zip(sentences(30, seed=7), sentences(30, seed=8), strict=True))
+    ]
+    texts = write(tmp_path / "texts.jsonl", [{"sentence": text} for text in sentences(80, seed=9)])
+    recipe = dqbart.Recipe(bits="4-4-8", layers="2", method="sentence", **FEW)  # type: ignore[arg-type]
+    result = dqbart.compress(
+        folder, texts, dev_data=write(tmp_path / "dev.jsonl", pairs), recipe=recipe, output=tmp_path / "small"
+    )
+    assert result.report["recipe"]["task"] == "sentences" and "spearman" in result.report["scores"]["teacher"]["values"]
+    encoder = dqbart.load(tmp_path / "small")
+    vectors = encoder.encode(["the cat", "a dog sees the red house"])
+    assert vectors.shape == (2, 32) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    code = (tmp_path / "small" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "model.encode" in code
+
+
+def test_writing_with_an_encoder(bert: Path, tmp_path: Path) -> None:
+    rows = [{"source": text, "target": " ".join(text.split()[:2])} for text in sentences(80, seed=10)]
+    data = write(tmp_path / "pairs.jsonl", rows)
+    recipe = dqbart.Recipe(bits="8-8-8", layers="2", task="s2s", max_target_length=6, losses={"task": 1}, **FEW)  # type: ignore[arg-type]
+    result = dqbart.compress(bert, data, recipe=recipe, output=tmp_path / "small")
+    assert "rougeL" in result.report["scores"]["student"]["values"]
+    assert len(result.report["scores"]["outputs"]) == 8
+    with pytest.raises(ValueError, match="losses.hidden: task 's2s' compares outputs alone"):
+        other = dqbart.Recipe(task="s2s", losses={"hidden": 1}, max_target_length=6, **FEW)  # type: ignore[arg-type]
+        dqbart.compress(bert, data, recipe=other, output=tmp_path / "no")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main(["compress", *map(str, arguments)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("dqbart: error: ")
+    return line
+
+
+def test_what_does_not_fit(
+    bert: Path, classifier: Path, labelled: Path, teacher_folder: Path, pairs_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = ("--out", tmp_path / "out")
+    said = refused(capsys, bert, "--data", labelled, "--task", "classification", *out)
+    assert "has no head for classification; train one first, with --method finetune --bits 32-32-32" in said
+    said = refused(capsys, teacher_folder, "--data", pairs_file, "--method", "tinybert", *out)
+    assert "method 'tinybert' is for encoders, and a bart model has a decoder" in said
+    said = refused(capsys, classifier, "--data", labelled, "--method", "tinybert", "--layers", "2", *out)
+    assert "layer map 'uniform': 2 student layers don't divide the teacher's 3" in said
+    unlabelled = write(tmp_path / "plain.jsonl", [{"sentence": text} for text in sentences(30)])
+    said = refused(capsys, classifier, "--data", unlabelled, *out)
+    assert "no labels, which losses.task needs; give --target-column, or learn from the teacher alone" in said
+    wrong = write(tmp_path / "wrong.jsonl", [{"sentence": "the cat", "label": "fish"}] * 30)
+    said = refused(capsys, classifier, "--data", wrong, *out)
+    assert "'fish'" in said and "dog" in said
+    (tmp_path / "recipe.yaml").write_text("hidden_size: 18\nheads: 4\nmethod: minilm2\n")
+    said = refused(capsys, bert, "--data", unlabelled, "--config", tmp_path / "recipe.yaml", *out)
+    assert "heads 4" in said and "18" in said
+    silent = tmp_path / "no-mask"
+    tiny_encoder("bert").save_pretrained(silent)
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    tokenizer.mask_token = None
+    tokenizer.save_pretrained(silent)
+    said = refused(capsys, silent, "--data", unlabelled, "--method", "distilbert", *out)
+    assert "has no mask token, which masked language modelling needs; use a method without it" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_unlabelled_texts_teach_predictions(classifier: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "plain.jsonl", [{"sentence": text} for text in sentences(40)])
+    recipe = dqbart.Recipe(bits="8-8-8", method="prediction", **FEW)  # type: ignore[arg-type]
+    result = dqbart.compress(classifier, data, recipe=recipe, output=tmp_path / "out")
+    assert "scores" not in result.report and len(load_rows(data)) == result.report["data"]["train"]
