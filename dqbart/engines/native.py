@@ -23,6 +23,7 @@ from dqbart.packed.skeleton import expected_tensors
 from dqbart.packed.spec import PackedSpec
 from dqbart.packed.verify import check_files, model_config, read_config, read_spec
 from dqbart.quant.narrow import FIELD
+from dqbart.quant.sharing import places
 
 S = TypeVar("S", bound="Stacks")
 
@@ -125,7 +126,8 @@ def unsuitable(folder: Path) -> str | None:
     elif tied or None in names.values():
         outside = next(iter(tied), None) or next(name for name, found in names.items() if found is None)
         return f"{outside} is packed: of encoders it runs the stack of layers, and heads stay in float"
-    layers = {found: m for name, m in own.items() if (found := names[name]) and m.kind == "linear"}
+    used = [(place, m) for name, m in own.items() if m.kind == "linear" for place in places(c, name)]
+    layers = {found: m for place, m in used if (found := native_name(family, place))}
     expected = 6 * c.num_hidden_groups + 1 if kind == "albert" else 6 * getattr(c, family.attributes[2])
     expected += 10 * c.decoder_layers if kind in ("bart", "mbart") else 0
     if len(layers) != expected or any(m.granularity != "row" for m in layers.values()):
@@ -211,15 +213,19 @@ def open_native(
         if module.layout == "trits":
             words = as_words(pack(unpack_trits(as_bytes(words), module.shape[1]), 2))
         bias = tensors.pop(f"{name}.bias", None)
-        model.set_matrix(
-            str(native_name(family, name)), FIELD_BITS[module.bits], module.shape, as_bytes(words).numpy(),
-            _floats(tensors.pop(f"{name}.weight_scale")), _floats(bias) if bias is not None else None,
-        )  # fmt: skip
+        scale, bias_N = _floats(tensors.pop(f"{name}.weight_scale")), None if bias is None else _floats(bias)
+        for place in places(skeleton.config, name):  # layers that share a matrix get a copy each
+            model.set_matrix(
+                str(native_name(family, place)), FIELD_BITS[module.bits], module.shape, as_bytes(words).numpy(),
+                scale, bias_N,
+            )  # fmt: skip
     for name in list(tensors):
         parent, _, leaf = name.rpartition(".")
         known = native_name(family, parent)
         if known is not None or name == "final_logits_bias":
-            model.set_vector(f"{known}.{leaf}" if known else name, _floats(tensors.pop(name)))
+            values = _floats(tensors.pop(name))
+            for place in places(skeleton.config, parent):
+                model.set_vector(f"{native_name(family, place)}.{leaf}" if known else name, values)
     model.finish()
     return model, tensors
 

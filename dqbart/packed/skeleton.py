@@ -19,12 +19,14 @@ from dqbart.quant.attention import quantize_attention
 from dqbart.quant.layers import FakeQuantEmbedding, FakeQuantLinear
 from dqbart.quant.narrow import FIELD, narrow
 from dqbart.quant.rounding import round_as_before, round_once
+from dqbart.quant.sharing import keep_whole, require_tied, tie_layers
 
 FakeQuant = FakeQuantLinear | FakeQuantEmbedding
 
 
 def spec_of(student: nn.Module, *, storage: str, float_dtype: torch.dtype, matrix_dtype: torch.dtype) -> PackedSpec:
     """Describe a prepared (fake-quantized) model. Raises `ValueError` for what the format can't hold."""
+    require_tied(student)
     owners: dict[int, str] = {}
     modules: dict[str, ModuleSpec] = {}
     for name, module in student.named_modules():
@@ -62,11 +64,12 @@ def swap_modules(model: Any, spec: PackedSpec) -> None:
     """
     if getattr(model.config, FIELD, None) is not None:
         narrow(model)  # transformers built it with all heads
+    tie_layers(model)
+    modules = dict(model.named_modules())
     for name, entry in sorted(spec.modules.items(), key=lambda item: item[1].tied_to is not None):
-        try:
-            old = model.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f"modules.{name}: {type(model).__name__} has no such module") from None
+        if name not in modules:
+            raise ValueError(f"modules.{name}: {type(model).__name__} has no such module")
+        old: Any = modules[name]
         _require_same(name, entry, old)
         bias = getattr(old, "bias", None) is not None
         lookup: dict[str, Any] = {
@@ -91,6 +94,7 @@ def swap_modules(model: Any, spec: PackedSpec) -> None:
         new.float_class = type(old)  # what `restore_modules` makes of it
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.train(old.training))
+    tie_layers(model)  # again: a shared module may have been replaced
     if spec.activation_bits == 8:
         quantize_attention(model, numerics=spec.numerics, probability_bits=spec.probability_bits)
         if spec.numerics == "integer":
@@ -119,6 +123,8 @@ def restore_modules(model: Any, dtype: torch.dtype) -> Any:
         new.weight = nn.Parameter(weight, requires_grad=False)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
+    tie_layers(model)
+    keep_whole(model)
     round_as_before(model)
     for part in model.modules():
         for name in ("attention_numerics", "resize_token_embeddings", "_tied_weights_keys"):

@@ -18,6 +18,7 @@ from dqbart.packed.layout import as_bytes, check
 from dqbart.packed.shards import Shard, TensorInfo
 from dqbart.packed.skeleton import expected_tensors, swap_modules
 from dqbart.packed.spec import PackedSpec
+from dqbart.quant.sharing import shared_parts
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -152,6 +153,7 @@ def model_config(folder: Path, config: dict[str, Any]) -> Any:
     values = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
         settings = cls.config_class.from_dict(values)
+        shared_parts(settings)
     except Exception as error:  # a wrong value upsets it in any way it likes
         raise ValueError(f"{folder / CONFIG}: {' '.join(str(error).split()) or repr(error)}") from None
     if settings.is_encoder_decoder != cls.config_class().is_encoder_decoder:

@@ -120,9 +120,10 @@ def check_heads(heads: int, width: int) -> None:
 
 
 def distilbert_config_of(bert_config: Any, layers: int) -> Any:
-    """`DistilBertConfig` of the shape of a BERT with `layers` of its layers. LayerNorm eps is always 1e-12.
+    """`DistilBertConfig` of the shape of a BERT with `layers` of its layers.
 
-    Raises `ValueError` for another family and for more layers than there are.
+    LayerNorm's eps is lost: DistilBERT's is always 1e-12. Raises `ValueError` for another family and for more layers
+    than there are.
     """
     from transformers import DistilBertConfig
 
@@ -149,7 +150,7 @@ def inherited(config: Any) -> dict[str, Any]:
 
 
 def convert_bert_to_distilbert(state_dict: dict[str, Tensor], layers: Sequence[int]) -> dict[str, Tensor]:
-    """DistilBERT's tensors out of a BERT's: layer i is `layers[i]` there, in the paper [0, 2, 4, 7, 9, 11].
+    """DistilBERT's tensors out of a BERT's: layer i is the BERT's `layers[i]`, for DistilBERT itself 0, 2, 4, 7, 9, 11.
 
     Names follow the class that the tensors are of: with "bert." in front they get "distilbert.", and the heads for
     masked words and for answers come along. Not the classifier, which expects the pooler. Tensors are copies. Raises
