@@ -78,6 +78,7 @@ def compress(
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     output = Path(os.path.abspath(output))
     say(f"teacher {teacher if isinstance(teacher, str | Path) else type(teacher).__name__}")
+    from dqbart.data.batches import model_inputs, tokenizer_for
     from dqbart.distill.objective import open_objective
     from dqbart.packed.gate import check_in_fresh_process
     from dqbart.student.depth import stack_maps
@@ -110,9 +111,9 @@ def compress(
                 return Result(output, {})  # another process of the same run does the rest
     with _timed(seconds, "packing"):
         task.settle(small, model)
-        staged = _pack(small, tokenizer, recipe, run)
+        staged = _pack(small, tokenizer_for(small, tokenizer), recipe, run)
         task.complete(staged)
-        gate = check_in_fresh_process(small.to("cpu"), staged, task.probe(small, dev or train))
+        gate = check_in_fresh_process(small.to("cpu"), staged, model_inputs(small, task.probe(small, dev or train)))
     say(f"gate: a fresh process gives logits within {gate['max_logit_difference']:.1e}{_and_ids(gate)}")
     report = _report(model, recipe, maps, staged, gate, seconds) | {"student": start is not None}
     if train is not None or dev is not None:
@@ -168,15 +169,11 @@ def _student(teacher: Any, start: Any, recipe: Recipe) -> Any:
 
     from dqbart.quant.attention import use_attention
     from dqbart.quant.layers import prepare
-    from dqbart.student.depth import make_student
+    from dqbart.student.start import new_student
 
-    assert recipe.layers is not None
     use_attention(teacher)
     set_seed(recipe.seed)  # of what is not copied
-    student = start if start is not None else make_student(
-        teacher, recipe.layers, recipe.layer_map, hidden_size=recipe.hidden_size, heads=recipe.heads,
-        intermediate_size=recipe.intermediate_size,
-    )  # fmt: skip
+    student = start if start is not None else new_student(teacher, recipe)
     use_attention(student)
     if recipe.bits.quantized:
         prepare(

@@ -36,6 +36,9 @@ METRICS = {
     "s2s": ("rouge", "bleu"),
 }
 
+SHAPE = ("hidden_size", "heads", "intermediate_size", "embedding_size")
+FAMILIES = ("albert", "distilbert")
+
 # Low bits rebuild weights instead of rounding them, and want a larger step (TBT's scripts, ParetoQ).
 LEARNING_RATE = {1: 2.5e-4, 2: 3e-4, 3: 1.5e-4, 4: 1e-4, 8: 5e-5, 32: 5e-5}
 
@@ -119,10 +122,13 @@ class Recipe:
     storage: Literal["planar32", "trits"] = "planar32"  # trits: 1.6 bits per ternary weight on disk
     float_dtype: Literal["float16", "float32"] = "float16"  # positions, norms and biases on disk
 
-    # Its shape, where an encoder is to be narrower than its teacher; None: as the teacher
+    # Its shape, where an encoder is to be another than its teacher; None: as the teacher
+    family: str | None = None  # albert or distilbert, of a BERT teacher
     hidden_size: int | None = None
     heads: int | None = None
     intermediate_size: int | None = None
+    embedding_size: int | None = None  # of ALBERT's factorized embedding; None: 128
+    sharing: Literal["all", "attention", "ffn", "none"] = "all"  # what ALBERT's layers share
 
     # What it learns from; None: as the method has it (dqbart/methods.py)
     task: str | None = None  # None: as the teacher's architecture says
@@ -203,9 +209,13 @@ class Recipe:
             object.__setattr__(self, "losses", _build(LossWeights, method.losses.to_dict() | self.losses, "losses."))
 
     def _check_ranges(self) -> None:
-        for name in ("hidden_size", "heads", "intermediate_size", "teacher_layer", "relation_heads"):
+        for name in (*SHAPE, "teacher_layer", "relation_heads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)!r}: expected at least 1")
+        if self.family not in (None, *FAMILIES):
+            raise ValueError(
+                f"family {self.family!r}: expected one of {', '.join(FAMILIES)}, or none: the teacher's own"
+            )
         if self.task is not None and self.task not in METRICS:
             close = _suggest(self.task, list(METRICS))
             raise ValueError(f"task {self.task!r}: {close}expected one of {', '.join(METRICS)}")
@@ -296,7 +306,7 @@ class Recipe:
     @property
     def is_narrow(self) -> bool:
         """Whether the student's shape is asked to be another than the teacher's, in more than its depth."""
-        return any(x is not None for x in (self.hidden_size, self.heads, self.intermediate_size))
+        return any(getattr(self, name) is not None for name in ("family", *SHAPE))
 
     def resolve(self, config: Any, task: str | None = None, student: Any = None) -> "Recipe":
         """Fill what depends on the teacher's transformers config: task, metric, layers, learning rate, lengths.
@@ -347,7 +357,7 @@ class Recipe:
         for name in self.terms:
             if name not in (*BOTH, *own):
                 raise ValueError(f"losses.{name}: a {config.model_type} model has {', '.join((*BOTH, *own))}")
-        narrow = [n for n in ("hidden_size", "heads", "intermediate_size") if getattr(self, n) is not None]
+        narrow = [n for n in ("family", *SHAPE) if getattr(self, n) is not None]
         if narrow and config.is_encoder_decoder:
             raise ValueError(
                 f"{narrow[0]} {getattr(self, narrow[0])!r}: only encoders' students have a shape of their own"

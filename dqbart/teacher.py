@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dqbart.quant.layers import SUPPORTED
+from dqbart.quant.sharing import share_again
 from dqbart.recipe import Recipe
 
 CLASSES = {
@@ -82,7 +83,7 @@ def _from_pretrained(name: str | Path, task: str | None, seed: int, role: str = 
     kind = "AutoModel" if task == "text" and not words else CLASSES[task]  # no head to make up where none is used
     torch.manual_seed(seed)
     try:
-        return getattr(transformers, kind).from_pretrained(name, dtype=torch.float32), task
+        return share_again(getattr(transformers, kind).from_pretrained(name, dtype=torch.float32)), task
     except OSError as error:
         raise FileNotFoundError(f"{role} {str(name)!r}: {_first_line(error)}") from None
 

@@ -22,7 +22,7 @@ from dqbart.packed.shards import read_shard
 from dqbart.packed.verify import verify
 from dqbart.quant.attention import use_attention
 from dqbart.quant.layers import FakeQuantLinear, QuantizedWeight, prepare
-from dqbart.student.sharing import share_again
+from dqbart.quant.sharing import share_again
 
 hook.install()
 # Linear layers that exist, of three layers with six each; the map behind the embedding is one more.
@@ -105,7 +105,7 @@ def test_copies_that_were_trained_apart(tmp_path: Path) -> None:
         RuntimeError, match="2.*attention.LayerNorm.bias: differs from .*0.*the model's layers share it"
     ):
         made("attention").load_state_dict(state)
-    with pytest.raises(ValueError, match="each layer has a copy: call dqbart.student.sharing.share_again"):
+    with pytest.raises(ValueError, match="each layer has a copy: call dqbart.quant.sharing.share_again"):
         save_packed(prepare(plain, "2-2-8"), tmp_path / "small")
     assert not (tmp_path / "small").exists()
 

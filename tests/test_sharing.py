@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from dqbart.quant.attention import use_attention
-from dqbart.student.sharing import albert_config, albert_student, share_again, shared_model
+from dqbart.quant.sharing import share_again
+from dqbart.student.sharing import albert_config, albert_student, shared_model
 
 SHARINGS = ("all", "attention", "ffn", "none")
 BATCH = token_batch([9, 5])

@@ -133,6 +133,26 @@ def test_a_narrow_student_general_then_task(bert: Path, classifier: Path, labell
         dqbart.compress(classifier, labelled, student=tmp_path / "general", recipe=other, output=tmp_path / "no")
 
 
+@pytest.mark.parametrize(
+    "shape", [dict(family="albert", embedding_size=16, sharing="attention"), dict(family="distilbert")], ids=str
+)
+def test_students_of_another_family(shape: dict[str, Any], classifier: Path, labelled: Path, tmp_path: Path) -> None:
+    recipe = dqbart.Recipe(bits="2-2-8", layers="2", losses={"hidden": 1}, **shape, **FEW)  # type: ignore[arg-type]
+    result = dqbart.compress(classifier, labelled, recipe=recipe, output=tmp_path / "small")
+    model = result.load()
+    assert model.config.model_type == shape["family"] and model.config.id2label == {0: "dog", 1: "other"}
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "small")("the dog", "a cat", return_tensors="pt")
+    assert model(**inputs).logits.shape == (1, 2)  # without token types for DistilBERT
+    assert evaluate(str(tmp_path / "small"), labelled)[0].n == 300
+    plain = dqbart.Recipe(bits="32-32-32", epochs=0, layers="2", **shape)  # type: ignore[arg-type]
+    first = dqbart.compress(classifier, recipe=plain, output=tmp_path / "plain").load()
+    again = dqbart.compress(tmp_path / "plain", recipe=dqbart.Recipe(epochs=0), output=tmp_path / "again")
+    assert first.num_parameters() == AutoModelForSequenceClassification.from_config(first.config).num_parameters() or (
+        shape["family"] == "albert"  # transformers knows nothing of shared attention
+    )
+    assert again.load().config.model_type == shape["family"]
+
+
 @pytest.mark.parametrize("method", ["distilbert", "tinybert", "dq"])
 def test_plain_text(method: str, bert: Path, tmp_path: Path) -> None:
     rows = [{"text": text + " .", "doc": i // 10} for i, text in enumerate(sentences(200, seed=3))]

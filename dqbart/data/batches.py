@@ -7,6 +7,7 @@ every token would get another position. The decoder's inputs are not made here; 
 labels itself, by its own family's rule.
 """
 
+import copy
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -177,6 +178,24 @@ def set_languages(tokenizer: Any, source_lang: str | None, target_lang: str | No
         tokenizer.src_lang = source_lang
     if target_lang is not None:
         tokenizer.tgt_lang = target_lang
+
+
+LABELS = ("labels", "start_positions", "end_positions")
+
+
+def model_inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """What `model` takes of a batch: no labels, so that it computes no loss, and no token types where it has none."""
+    without = (*LABELS, "token_type_ids") if model.config.model_type == "distilbert" else LABELS
+    return {name: value for name, value in batch.items() if name not in without}
+
+
+def tokenizer_for(model: Any, tokenizer: Any) -> Any:
+    """The tokenizer, or a copy that makes no token types where the model has none."""
+    if model.config.model_type != "distilbert" or "token_type_ids" not in tokenizer.model_input_names:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    return tokenizer
 
 
 @dataclass(frozen=True)

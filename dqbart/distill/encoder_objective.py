@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dqbart.data.batches import model_inputs
 from dqbart.distill import losses
 from dqbart.distill.capture import autocast, forward_with_attention, without_logits
 from dqbart.distill.chunked import chunked_terms
@@ -24,7 +25,6 @@ from dqbart.recipe import Recipe
 MAPS = ("attention", "scores")
 RELATIONS = {"queries": "query", "keys": "key", "values": "value"}
 HIDDEN = ("embedding", "hidden", "cosine", "sentence")
-LABELS = ("labels", "start_positions", "end_positions")
 LARGE = 1 << 26  # elements of one model's logits: 256 MiB of fp32
 
 
@@ -85,7 +85,6 @@ class EncoderObjective:
         self, student: Any, teacher: Any, batch: dict[str, Tensor], bare_student: Any = None
     ) -> tuple[Tensor, dict[str, Tensor], Any]:
         bare = student if bare_student is None else bare_student
-        inputs = {k: v for k, v in batch.items() if k not in LABELS}
         words = self.recipe.task in ("text", "s2s") and bool({"task", "logits"} & set(self.weights))
         theirs, their_taps, their_words = None, _Taps({}), [torch.empty(0)]
         if self.needs_teacher:
@@ -95,11 +94,11 @@ class EncoderObjective:
                 autocast(self.recipe.bf16, batch["input_ids"].device),
                 without_logits(teacher, words and "logits" in self.weights) as their_words,
             ):
-                theirs = self._forward(teacher, teacher, inputs, their_taps)
+                theirs = self._forward(teacher, teacher, model_inputs(teacher, batch), their_taps)
         layers = range(len(self.layer_map))
         our_taps = _Taps({i: {*MAPS} for i in layers}, layers[-1], set(self.weights))
         with without_logits(bare, words) as our_words:
-            ours = self._forward(student, bare, inputs, our_taps)
+            ours = self._forward(student, bare, model_inputs(bare, batch), our_taps)
         terms = dict(self._terms(ours, theirs, our_taps, their_taps, batch))
         total = sum((self.weights[name] * term for name, term in terms.items()), torch.zeros(()))
         if words:

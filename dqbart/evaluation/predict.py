@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dqbart.data.batches import progress_bar
+from dqbart.data.batches import model_inputs, progress_bar
 
 Collate = Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]
-LABELS = ("labels", "start_positions", "end_positions")  # left out, so that no loss is computed
 
 
 def predict_logits(
@@ -98,8 +97,9 @@ def _outputs(
             for start in range(0, len(order), batch_size):
                 indices = order[start : start + batch_size].tolist()
                 batch = collator([encoded[i] for i in indices])
+                inputs = {name: tensor.to(model.device) for name, tensor in model_inputs(model, batch).items()}
                 with torch.no_grad():  # around the model alone: it would hold in the caller's loop, too
-                    output = model(**{k: v.to(model.device) for k, v in batch.items() if k not in LABELS})
+                    output = model(**inputs)
                 yield indices, batch, output
                 bar.update(len(indices))
     finally:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from dqbart.quant.sharing import share_again
+
 
 def save_plain(model: Any, folder: str | Path, *, recipe: str, tokenizer: Any = None) -> Path:
     """Write a float model, its tokenizer and recipe.yaml. Raises `FileExistsError` for a folder in use."""
@@ -41,4 +43,5 @@ def load_plain(folder: str | Path, device: Any = None, dtype: torch.dtype = torc
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_bytes())
     model = model_class(folder, config).from_pretrained(str(folder), dtype=dtype, local_files_only=True).eval()
+    model = share_again(model)
     return model if device is None else model.to(device)

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from dqbart.quant.attention import quantize_attention, without_autocast
 from dqbart.quant.quantizers import PaperQuantizer, Quantizer
 from dqbart.quant.rounding import round_once
+from dqbart.quant.sharing import require_tied
 from dqbart.recipe import Bits
 
 SUPPORTED = ("bart", "mbart", "bert", "roberta", "xlm-roberta", "distilbert", "albert")
@@ -205,6 +206,7 @@ def quantizable(model: Any) -> tuple[list[str], list[str]]:
     if getattr(config, "model_type", None) not in SUPPORTED:
         name = getattr(config, "model_type", type(model).__name__)
         raise ValueError(f"architecture {name!r} is not supported: expected one of {', '.join(SUPPORTED)}")
+    require_tied(model)
     base = model.base_model
     shared = model.get_input_embeddings().weight
     modules = dict(model.named_modules())

@@ -81,12 +81,25 @@ def is_tied(model: Any) -> bool:
     return all(getattr(layer, part) is getattr(first, part) for first, layer, part in _pairs(model))
 
 
+def share_again(model: Any) -> Any:
+    """Share, in place, the layers of a float model that `from_pretrained` gave a copy each; returns the model.
+
+    Does nothing to a model whose config has no `dqbart_sharing`, or that shares already. Raises `ValueError` if the
+    copies differ.
+    """
+    if not is_tied(model):
+        require_equal(model)
+        tie_layers(model)
+        keep_whole(model)
+    return model
+
+
 def require_tied(model: Any) -> None:
     """Raises `ValueError` where they are not."""
     if not is_tied(model):
         raise ValueError(
             f"{FIELD} {getattr(model.config, FIELD)!r}, but each layer has a copy: "
-            "call dqbart.student.sharing.share_again(model) after from_pretrained"
+            "call dqbart.quant.sharing.share_again(model) after from_pretrained"
         )
 
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqbart.quant.sharing import FIELD, check_sharing, is_tied, keep_whole, require_equal, shared_parts, tie_layers
-from dqbart.student.depth import layer_map
+from dqbart.quant.sharing import FIELD, check_sharing, keep_whole, shared_parts, tie_layers
+from dqbart.student.maps import layer_map
 from dqbart.student.shape import check_heads, checked_layers, inherited, task_class, whole
 
 # BERT's names in an ALBERT layer; the first four of each are the attention's or the feed-forward block's.
@@ -94,19 +94,6 @@ def shared_model(cls: Any, config: Any) -> Any:
     model = cls(config)
     tie_layers(model)
     keep_whole(model)
-    return model
-
-
-def share_again(model: Any) -> Any:
-    """Share, in place, the layers of a float model that `from_pretrained` gave a copy each; returns the model.
-
-    Does nothing to a model whose config has no `dqbart_sharing`, or that shares already. Raises `ValueError` if the
-    copies differ.
-    """
-    if not is_tied(model):
-        require_equal(model)
-        tie_layers(model)
-        keep_whole(model)
     return model
 
 
