@@ -65,6 +65,20 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--overwrite", action="store_true", help="replace what another recipe left in --out")
     verb.set_defaults(run=run_compress)
 
+    verb = verbs.add_parser("augment", help="more training rows: words replaced by what a masked language model says")
+    verb.add_argument("model", help="folder or hub id of a fill-mask checkpoint")
+    verb.add_argument("--data", required=True, help="as for compress; its training split is read")
+    verb.add_argument("--out", required=True, help="the .jsonl file to write")
+    verb.add_argument("--vectors", help="text file of word vectors, for words of several pieces (the model's own)")
+    verb.add_argument("--variants", type=int, default=20, help="of each text, at most (20)")
+    verb.add_argument("--probability", type=float, default=0.4, help="that a word is replaced (0.4)")
+    verb.add_argument("--language", default="en", help="of the stop words, which stay (en)")
+    verb.add_argument("--source-column")
+    verb.add_argument("--pair-column")
+    verb.add_argument("--seed", type=int, default=28)
+    verb.add_argument("--device")
+    verb.set_defaults(run=run_augment)
+
     verb = verbs.add_parser("eval", help="score a packed folder (or any checkpoint) on data")
     verb.add_argument("model")
     verb.add_argument("--data", required=True)
@@ -155,6 +169,18 @@ def run_compress(args: argparse.Namespace) -> dict[str, Any]:
         student=run.get("student"), overwrite=args.overwrite, device=args.device,
     )  # fmt: skip
     return result.summary()
+
+
+def run_augment(args: argparse.Namespace) -> dict[str, Any]:
+    from dqbart.tasks.augment import augment_file
+
+    counts = augment_file(
+        args.model, args.data, args.out, text_column=args.source_column, pair_column=args.pair_column,
+        vectors=args.vectors, variants=args.variants, probability=args.probability, language=args.language,
+        seed=args.seed, device=args.device,
+    )  # fmt: skip
+    print(f"{args.out}: {counts['rows']:,} rows and {counts['written'] - counts['rows']:,} variants")
+    return {"output": args.out} | counts
 
 
 def run_eval(args: argparse.Namespace) -> dict[str, Any]:

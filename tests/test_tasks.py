@@ -277,6 +277,23 @@ def test_what_does_not_fit(
     assert not (tmp_path / "out").exists()
 
 
+def test_augmentation_is_a_file_that_compress_reads(bert: Path, classifier: Path, tmp_path: Path, capsys: Any) -> None:
+    rows = [{"sentence": text, "label": i % 2, "n": i} for i, text in enumerate(sentences(6, seed=11))]
+    data = write(tmp_path / "few.jsonl", rows)
+    out = tmp_path / "more.jsonl"
+    assert main(["augment", str(bert), "--data", str(data), "--out", str(out), "--variants", "3"]) == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) < len(found) <= 4 * len(rows) and json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 6
+    for row in found:
+        assert (row["label"], row["n"]) == (rows[row["n"]]["label"], rows[row["n"]]["n"])  # all else is copied
+    assert [row for row in found if row["sentence"] == rows[row["n"]]["sentence"]] == rows
+    assert main(["augment", str(bert), "--data", str(data), "--out", str(out)]) == 2
+    assert "more.jsonl: exists already" in capsys.readouterr().err
+    assert main(["augment", str(classifier), "--data", str(data), "--out", str(tmp_path / "x.jsonl")]) == 2
+    assert "BertForSequenceClassification has no head for masked words; expected a fill" in capsys.readouterr().err
+    assert load_rows(out) == found
+
+
 def test_unlabelled_texts_teach_predictions(classifier: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "plain.jsonl", [{"sentence": text} for text in sentences(40)])
     recipe = dqbart.Recipe(bits="8-8-8", method="prediction", **FEW)  # type: ignore[arg-type]
