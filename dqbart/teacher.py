@@ -6,6 +6,7 @@ Which of transformers' classes it becomes is decided by the task; without one, b
 from pathlib import Path
 from typing import Any
 
+from dqbart.packed.sentence import sentence_folder
 from dqbart.quant.layers import SUPPORTED
 from dqbart.quant.sharing import share_again
 from dqbart.recipe import Recipe
@@ -77,8 +78,8 @@ def _from_pretrained(name: str | Path, task: str | None, seed: int, role: str = 
         ) from None
     _check_config(config, str(name), role)
     architecture = (config.architectures or [""])[0]
-    sentences = (Path(name) / "modules.json").is_file()
-    task = task or ("sentences" if sentences else _task_of(architecture, config))
+    if task is None:
+        task = "sentences" if sentence_folder(name) is not None else _task_of(architecture, config)
     words = architecture.endswith(("ForMaskedLM", "ForPreTraining"))
     kind = "AutoModel" if task == "text" and not words else CLASSES[task]  # no head to make up where none is used
     torch.manual_seed(seed)

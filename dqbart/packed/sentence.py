@@ -87,6 +87,23 @@ def pool(hidden_BLD: Tensor, mask_BL: Tensor, pooling: Pooling) -> Tensor:
     return torch.nn.functional.normalize(vector_BD, dim=-1) if pooling.normalize else vector_BD
 
 
+def sentence_folder(name: Any) -> Path | None:
+    """Where the settings of a sentence-transformers checkpoint lie, local folder or hub id; None if it is none."""
+    if not isinstance(name, str | Path):
+        return None
+    if Path(name).exists():
+        return Path(name) if (Path(name) / MODULES).is_file() else None
+    from huggingface_hub import file_exists, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        if not file_exists(str(name), MODULES):
+            return None
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*/config.json"]))
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
+        return None  # whoever loads the weights says what is wrong
+
+
 def read_pooling(folder: str | Path) -> Pooling | None:
     """The pooling of a sentence-transformers folder, packed or not; None for a folder without modules.json.
 

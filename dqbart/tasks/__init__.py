@@ -98,7 +98,7 @@ def open_task(recipe: Recipe, tokenizer: Any, model: Any, folder: Any = None) ->
     if recipe.task == "sentences":
         from dqbart.tasks.sentences import Sentences
 
-        return Sentences(recipe, tokenizer, folder)
+        return Sentences(recipe, tokenizer, model, folder)
     if recipe.task == "s2s":
         from dqbart.tasks.s2s import EncoderSequenceToSequence
 

@@ -12,7 +12,7 @@ from dqbart.data.labelled import LabelCollator, Labelled, encode_labelled, guess
 from dqbart.data.splits import data_name
 from dqbart.engines.sentence import SentenceEncoder
 from dqbart.evaluation.label_metrics import score_labels
-from dqbart.packed.sentence import Pooling, read_pooling, write_pooling
+from dqbart.packed.sentence import Pooling, read_pooling, sentence_folder, write_pooling
 from dqbart.recipe import Recipe
 from dqbart.tasks import PROBES, Outcome, Task
 
@@ -20,11 +20,16 @@ from dqbart.tasks import PROBES, Outcome, Task
 class Sentences(Task):
     """Learns from sentences alone, labels or not. Pairs with a similarity score it: correlation with the cosines."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Any, folder: Any) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: Any, model: Any, name: Any) -> None:
         super().__init__(recipe, tokenizer)
-        found = read_pooling(folder) if isinstance(folder, str | Path) and Path(folder).is_dir() else None
+        folder = sentence_folder(name)
+        found = read_pooling(folder) if folder is not None else None
         self.pooling = found or Pooling()
-        self.length = min(recipe.max_source_length, self.pooling.max_seq_length or recipe.max_source_length)
+        how = f"{self.pooling.mode} of its tokens{', normalized' if self.pooling.normalize else ''}"
+        why = "" if found else " (no modules.json says otherwise)"
+        print(f"a sentence's vector: {how}{why}", file=sys.stderr, flush=True)
+        body = model.model if isinstance(model, SentenceEncoder) else model
+        self.length = min(recipe.max_source_length, SentenceEncoder(body, tokenizer, self.pooling).max_seq_length)
         self.collator = LabelCollator(tokenizer.pad_token_id)
 
     def read_split(self, data: Any, split: str) -> Labelled:
@@ -73,5 +78,7 @@ class Sentences(Task):
         write_pooling(folder, self.pooling)
 
     def _encode(self, examples: Labelled) -> Any:
-        texts = list(dict.fromkeys([*examples.texts, *(examples.pairs or [])]))
+        prompt = self.pooling.prompts.get(self.pooling.default_prompt_name or "", "")
+        texts = [prompt + text for text in dict.fromkeys([*examples.texts, *(examples.pairs or [])])]
+        texts = [text.lower() for text in texts] if self.pooling.lowercase else texts
         return encode_labelled(self.tokenizer, Labelled(texts), self.length)
