@@ -31,7 +31,8 @@ class LossWeights:
     DQ-BART's. Encoders have: `embedding`, hidden state 0; `hidden`, the mapped layers' hidden states; `attention` and
     `scores`, their attention maps after and before the softmax (all of these mean squared errors, through a learned
     projection where widths differ); `attention_kl`, `queries`, `keys`, `values`: MiniLM's attention and relations of
-    the last layer; `cosine`, of the last hidden states; `sentence`, of the pooled ones.
+    the last layer; `cosine`, of the last hidden states; `sentence`, of the pooled ones; `order`, on plain text in pairs
+    of segments: which came first (ALBERT's, of a head that is dropped afterwards).
     """
 
     task: float = 0.2
@@ -51,6 +52,7 @@ class LossWeights:
     values: float = 0.0
     cosine: float = 0.0
     sentence: float = 0.0
+    order: float = 0.0
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):

@@ -357,6 +357,8 @@ class Recipe:
         for name in self.terms:
             if name not in (*BOTH, *own):
                 raise ValueError(f"losses.{name}: a {config.model_type} model has {', '.join((*BOTH, *own))}")
+        if "order" in self.terms and (task, self.segments) != ("text", 2):
+            raise ValueError(f"losses.order with task {task!r}, segments {self.segments}: expected 'text' and 2")
         narrow = [n for n in ("family", *SHAPE) if getattr(self, n) is not None]
         if narrow and config.is_encoder_decoder:
             raise ValueError(

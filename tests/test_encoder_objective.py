@@ -18,7 +18,8 @@ from dqbart.quant.layers import prepare
 from dqbart.recipe import Layers, Recipe
 from dqbart.student.depth import make_student, stack_maps
 
-ALL = Recipe(task="text", losses=only(task=1.0, logits=1.0, **dict.fromkeys(OF_ENCODERS, 1.0)))
+COMPARED = tuple(name for name in OF_ENCODERS if name != "order")  # with the teacher
+ALL = Recipe(task="text", losses=only(task=1.0, logits=1.0, **dict.fromkeys(COMPARED, 1.0)))
 
 
 def masked(lengths: list[int], seed: int = 3) -> dict[str, Tensor]:
@@ -57,7 +58,7 @@ def test_a_twin_has_nothing_to_learn(kind: str) -> None:
     terms = terms_of(*pair_first(kind, 3), masked([9, 4]))
     task = terms.pop("task")
     assert terms.pop("total") == pytest.approx(task, rel=1e-5) and task > 0
-    assert set(terms) == {"logits", *OF_ENCODERS}
+    assert set(terms) == {"logits", *COMPARED}
     assert max(terms.values()) == pytest.approx(0, abs=1e-5)
 
 
@@ -127,6 +128,24 @@ def test_another_width_is_compared_through_a_learned_projection() -> None:
     assert student(**token_batch([6]), output_hidden_states=True).hidden_states[0].shape[-1] == 16
     same, _, _ = pair(recipe)
     assert not hasattr(same, "distill_projection")  # none where widths agree
+
+
+def test_the_order_of_sentences_is_learnt_by_a_head_that_goes() -> None:
+    recipe = Recipe(task="text", segments=2, losses=only(order=1.0, hidden=1.0))
+    student, teacher, objective = pair(recipe, hidden_size=16, heads=4)
+    batch = masked([7, 5]) | {"sentence_order_label": torch.tensor([1, 0])}
+    total, terms, output = objective(student, teacher, batch)
+    assert (
+        output.order_logits.shape == (2, 2) and output.hidden_states[0].shape[-1] == 32
+    )  # the head sees its own width
+    by_hand = F.cross_entropy(output.order_logits, torch.tensor([1, 0]))
+    assert float(terms["order"].detach()) == pytest.approx(float(by_hand.detach()))
+    total.backward()
+    assert student.distill_order.weight.grad.abs().sum() > 0
+    objective.finish(student)
+    assert not any("distill" in name for name in student.state_dict())
+    alone = EncoderObjective(Recipe(task="text", segments=2, losses=only(order=1.0)), [0, 1], student, teacher)
+    assert not alone.needs_teacher
 
 
 def test_minilm_works_at_any_width_and_only_v1_needs_the_heads() -> None:
@@ -248,7 +267,7 @@ def test_models_that_can_t_be_compared() -> None:
 
 
 def test_gradients_reach_every_layer_through_every_term() -> None:
-    for name in ("logits", *OF_ENCODERS):
+    for name in ("logits", *COMPARED):
         student, teacher, objective = pair(Recipe(task="text", losses=only(**{name: 1.0})), quantize="2-2-8")
         total, terms, _ = objective(student, teacher, masked([7, 4]))
         assert list(terms) == [name] and float(terms[name].detach()) > 0

@@ -153,13 +153,18 @@ def test_students_of_another_family(shape: dict[str, Any], classifier: Path, lab
     assert again.load().config.model_type == shape["family"]
 
 
-@pytest.mark.parametrize("method", ["distilbert", "tinybert", "dq"])
+@pytest.mark.parametrize("method", ["distilbert", "tinybert", "dq", "albert's"])
 def test_plain_text(method: str, bert: Path, tmp_path: Path) -> None:
     rows = [{"text": text + " .", "doc": i // 10} for i, text in enumerate(sentences(200, seed=3))]
-    recipe = dqbart.Recipe(bits="8-8-8", layers="1", method=method, segments=2 if method == "tinybert" else 1, **FEW)  # type: ignore[arg-type]
+    own: dict[str, Any] = {"tinybert": dict(segments=2)}.get(method, {})
+    if method == "albert's":  # masked words of n-grams and the order of sentences, as a student of a BERT
+        losses = dict(task=1, order=1)
+        method, own = "finetune", dict(family="albert", embedding_size=16, segments=2, losses=losses, masking="ngram")
+    recipe = dqbart.Recipe(bits="8-8-8", layers="1", method=method, **own, **FEW)  # type: ignore[arg-type]
     result = dqbart.compress(bert, write(tmp_path / "text.jsonl", rows), recipe=recipe, output=tmp_path / "out")
     log = [json.loads(line) for line in (tmp_path / "out.training" / "metrics.jsonl").read_text().splitlines()]
     assert set(recipe.terms) <= log[0].keys()
+    assert not any("distill" in name for name in result.load().state_dict())
     if method == "tinybert":  # looks at inner layers alone: nothing to choose by
         assert "scores" not in result.report
     else:
@@ -229,13 +234,18 @@ def test_sentence_embeddings(tmp_path: Path) -> None:
     assert "model.encode" in code
 
 
-def test_writing_with_an_encoder(bert: Path, tmp_path: Path) -> None:
+def test_writing_with_an_encoder(bert: Path, classifier: Path, tmp_path: Path, capsys: Any) -> None:
     rows = [{"source": text, "target": " ".join(text.split()[:2])} for text in sentences(80, seed=10)]
     data = write(tmp_path / "pairs.jsonl", rows)
     recipe = dqbart.Recipe(bits="8-8-8", layers="2", task="s2s", max_target_length=6, losses={"task": 1}, **FEW)  # type: ignore[arg-type]
     result = dqbart.compress(bert, data, recipe=recipe, output=tmp_path / "small")
     assert "rougeL" in result.report["scores"]["student"]["values"]
     assert len(result.report["scores"]["outputs"]) == 8
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "small"), "--text", "the cat", "--generation", '{"num_beams": 2}']) == 0
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["outputs"]) == 1
+    assert main(["generate", str(classifier), "--text", "the cat"]) == 2
+    assert "task 'classification' writes no texts; score the model with 'dqbart eval'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="losses.hidden: task 's2s' compares outputs alone"):
         other = dqbart.Recipe(task="s2s", losses={"hidden": 1}, max_target_length=6, **FEW)  # type: ignore[arg-type]
         dqbart.compress(bert, data, recipe=other, output=tmp_path / "no")

@@ -180,7 +180,7 @@ def set_languages(tokenizer: Any, source_lang: str | None, target_lang: str | No
         tokenizer.tgt_lang = target_lang
 
 
-LABELS = ("labels", "start_positions", "end_positions")
+LABELS = ("labels", "start_positions", "end_positions", "sentence_order_label")
 
 
 def model_inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:

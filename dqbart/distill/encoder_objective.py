@@ -2,9 +2,9 @@
 
 Terms of one kind are summed over the mapped layers. `hidden` compares the outputs of layer i and map(i), `attention`
 and `scores` their attention maps; `embedding` is hidden state 0; relations are those of the student's last layer and
-one teacher layer. A student of another width is compared through one learned projection, TinyBERT's `fit_dense`. It
-is made inside the student's forward pass, by a hook, so that a wrapper for distributed training sees its parameters
-used; `finish` takes it out again.
+one teacher layer. A student of another width is compared through one learned projection, TinyBERT's `fit_dense`; the
+order of sentences is read off the first token by a linear head. Both are made inside the student's forward pass, by a
+hook, so that a wrapper for distributed training sees their parameters used; `finish` takes them out again.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,8 @@ from dqbart.recipe import Recipe
 
 MAPS = ("attention", "scores")
 RELATIONS = {"queries": "query", "keys": "key", "values": "value"}
-HIDDEN = ("embedding", "hidden", "cosine", "sentence")
+COMPARED = ("embedding", "hidden", "cosine", "sentence")  # hidden states, through a projection where widths differ
+HIDDEN = (*COMPARED, "order")
 LARGE = 1 << 26  # elements of one model's logits: 256 MiB of fp32
 
 
@@ -39,7 +40,7 @@ class EncoderObjective:
         self, recipe: Recipe, layer_map: list[int], student: Any, teacher: Any, pooling: Pooling | None = None
     ) -> None:
         self.recipe, self.layer_map, self.weights = recipe, layer_map, recipe.terms
-        self.needs_teacher = set(self.weights) != {"task"}
+        self.needs_teacher = bool(set(self.weights) - {"task", "order"})
         self.pooling = pooling or Pooling()
         ours, theirs = student.config, teacher.config
         self.last = recipe.teacher_layer or theirs.num_hidden_layers
@@ -71,15 +72,22 @@ class EncoderObjective:
             )
 
     def begin(self, student: Any) -> None:
-        """Put the projection, if one is needed, into a student that is going to be trained."""
-        if set(HIDDEN) & set(self.weights) and student.config.hidden_size != self.width:
-            _project(student, self.width)
+        """Put projection and head, where they are needed, into a student that is going to be trained."""
+        width = student.config.hidden_size
+        if set(COMPARED) & set(self.weights) and width != self.width:
+            student.distill_projection = nn.Linear(width, self.width, device=student.device)
+        if "order" in self.weights:
+            student.distill_order = nn.Linear(width, 2, device=student.device)
+        if _extras(student):
+            student.distill_hook = student.register_forward_hook(_with_extras)
 
     def finish(self, student: Any) -> None:
-        """Take the projection out of a trained student."""
-        if hasattr(student, "distill_projection"):
+        """Take them out of a trained student."""
+        for name in _extras(student):
+            delattr(student, name)
+        if hasattr(student, "distill_hook"):
             student.distill_hook.remove()
-            del student.distill_projection, student.distill_hook
+            del student.distill_hook
 
     def __call__(
         self, student: Any, teacher: Any, batch: dict[str, Tensor], bare_student: Any = None
@@ -189,6 +197,8 @@ class EncoderObjective:
                 yield name, losses.relation_kl(a_BLD, b_BLD, mask_BL, self.relation_heads)
         if "cosine" in self.weights:
             yield "cosine", losses.hidden_cosine(ours.hidden_states[-1], theirs.hidden_states[-1], mask_BL)
+        if "order" in self.weights:
+            yield "order", F.cross_entropy(ours.order_logits.float(), batch["sentence_order_label"])
         if "sentence" in self.weights:
             a_BD, b_BD = (pool(x.hidden_states[-1].float(), mask_BL, self.pooling) for x in (ours, theirs))
             yield "sentence", (1 - F.cosine_similarity(a_BD, b_BD, dim=-1)).mean()
@@ -253,16 +263,19 @@ class _Taps:
         return self.kept[self.relations, part]
 
 
-def _project(student: Any, width: int) -> None:
-    """Have the student's hidden states come out in the teacher's width."""
-    student.distill_projection = nn.Linear(student.config.hidden_size, width, device=student.device)
+def _extras(student: Any) -> list[str]:
+    return [name for name in ("distill_projection", "distill_order") if hasattr(student, name)]
 
-    def project(module: Any, args: Any, output: Any) -> Any:
-        if output.get("hidden_states") is not None:
-            output["hidden_states"] = tuple(module.distill_projection(h) for h in output["hidden_states"])
-        return output
 
-    student.distill_hook = student.register_forward_hook(project)
+def _with_extras(student: Any, args: Any, output: Any) -> Any:
+    """Where hidden states are put out: those in the teacher's width, and `order_logits` [B, 2]."""
+    states = output.get("hidden_states")
+    if states is not None:
+        if hasattr(student, "distill_order"):
+            output["order_logits"] = student.distill_order(states[-1][:, 0])
+        if hasattr(student, "distill_projection"):
+            output["hidden_states"] = tuple(student.distill_projection(state) for state in states)
+    return output
 
 
 def _sum(terms: Iterator[Tensor]) -> Tensor:

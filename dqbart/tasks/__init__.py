@@ -58,6 +58,10 @@ class Task:
         """The model's outputs for the examples, scored. `settings`: generation settings of another model's score."""
         raise NotImplementedError
 
+    def write(self, model: Any, sources: list[str], settings: Any = None) -> tuple[list[str], dict[str, Any]]:
+        """One text per source, and the generation settings in force. Raises `ValueError` if the task has no texts."""
+        raise ValueError(f"task {self.recipe.task!r} writes no texts; score the model with 'dqbart eval'")
+
     def shown(self, examples: Any) -> list[dict[str, str]]:
         """Source and reference of the examples that have an output, for people to read."""
         return []

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from dqbart.data.columns import hold_out
-from dqbart.evaluation.generate import write_outputs
 from dqbart.evaluation.metrics import Score
 from dqbart.recipe import Recipe
 from dqbart.tasks import open_task
@@ -68,6 +67,4 @@ def write_texts(
 ) -> list[str]:
     """One output per text, with the folder's own settings under `generation`."""
     model, tokenizer, recipe = open_model(folder, device)
-    if recipe.task not in (None, "seq2seq", "s2s"):
-        raise ValueError(f"{folder}: made for task {recipe.task!r}, which writes no texts; score it with 'dqbart eval'")
-    return write_outputs(model, tokenizer, texts, recipe, generation=generation)[0]
+    return open_task(recipe, tokenizer, model, folder).write(model, texts, generation)[0]

@@ -43,16 +43,20 @@ class EncoderSequenceToSequence(Task):
         return examples.targets is not None
 
     def score(self, model: Any, examples: Examples, *, settings: Any = None) -> Outcome:
-        settings = dict(self.recipe.generation if settings is None else settings)
-        texts = write_texts_s2s(
-            model, self.tokenizer, examples.sources, batch_size=self.recipe.eval_batch_size,
-            max_source_length=self._source_length(), max_target_length=self.recipe.max_target_length,
-            source_prefix=self.recipe.source_prefix, **settings,
-        )  # fmt: skip
+        texts, settings = self.write(model, examples.sources, settings)
         references: Any = examples.references or examples.targets
         return Outcome(
             score(self.recipe.scored_by, texts, references, language=self.recipe.language, generation=settings), texts
         )
+
+    def write(self, model: Any, sources: list[str], settings: Any = None) -> tuple[list[str], dict[str, Any]]:
+        settings = dict(self.recipe.generation if settings is None else settings)
+        texts = write_texts_s2s(
+            model, self.tokenizer, sources, batch_size=self.recipe.eval_batch_size,
+            max_source_length=self._source_length(), max_target_length=self.recipe.max_target_length,
+            source_prefix=self.recipe.source_prefix, **settings,
+        )  # fmt: skip
+        return texts, settings
 
     def shown(self, examples: Examples) -> list[dict[str, str]]:
         targets = examples.targets or [""] * len(examples)

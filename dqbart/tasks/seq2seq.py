@@ -48,10 +48,13 @@ class SequenceToSequence(Task):
         return examples.targets is not None
 
     def score(self, model: Any, examples: Examples, *, settings: Any = None) -> Outcome:
-        texts, settings = write_outputs(model, self.tokenizer, examples.sources, self.recipe, generation=settings)
+        texts, settings = self.write(model, examples.sources, settings)
         references: Any = examples.references or examples.targets
         found = score(self.recipe.scored_by, texts, references, language=self.recipe.language, generation=settings)
         return Outcome(found, texts)
+
+    def write(self, model: Any, sources: list[str], settings: Any = None) -> tuple[list[str], dict[str, Any]]:
+        return write_outputs(model, self.tokenizer, sources, self.recipe, generation=settings)
 
     def shown(self, examples: Examples) -> list[dict[str, str]]:
         targets = examples.targets or [""] * len(examples)

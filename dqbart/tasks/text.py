@@ -8,6 +8,7 @@ from typing import Any
 from dqbart.data.blocks import EncodedBlocks, encode_blocks, encode_pairs_of_segments
 from dqbart.data.masking import BlockCollator, MaskedItems, Masker
 from dqbart.data.plain import PlainTexts, read_texts
+from dqbart.data.sentence_order import SentenceOrder
 from dqbart.data.splits import data_name
 from dqbart.evaluation.label_metrics import score_labels
 from dqbart.evaluation.predict import predict_masked
@@ -45,7 +46,8 @@ class PlainText(Task):
     def training_set(self, train: PlainTexts, teacher: Any, folder: Path) -> tuple[Any, Any]:
         blocks = self._encode(train)
         masker = Masker(self.tokenizer, self._rate(), self.recipe.masking, blocks.counts_V)
-        return MaskedItems(blocks, masker, self.recipe.seed), self.collator
+        pairs = SentenceOrder(blocks, self.recipe.seed) if "order" in self.recipe.terms else blocks
+        return MaskedItems(pairs, masker, self.recipe.seed), self.collator
 
     def is_scored(self, examples: PlainTexts) -> bool:
         return bool(self.recipe.terms.keys() & {"task", "logits"})
