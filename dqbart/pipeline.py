@@ -177,8 +177,9 @@ def _student(teacher: Any, start: Any, recipe: Recipe) -> Any:
     use_attention(student)
     if recipe.bits.quantized:
         prepare(
-            student, recipe.bits, skip=recipe.skip, numerics=recipe.numerics, probability_bits=recipe.probability_bits
-        )
+            student, recipe.bits, skip=recipe.skip, numerics=recipe.numerics, probability_bits=recipe.probability_bits,
+            heads=recipe.quantize_heads,
+        )  # fmt: skip
     return student.to(teacher.device)
 
 

@@ -118,6 +118,7 @@ class Recipe:
     layers: Layers | None = None  # None: as many as the teacher has
     numerics: Literal["integer", "paper"] = "integer"
     probability_bits: Literal[8, 16] = 16  # of attention; 16: as good as float, 8: one scale per row, as in DQ-BART
+    quantize_heads: bool = False  # of encoders: pooler and classifier, too; such folders run in the torch engine
     skip: tuple[str, ...] = ()  # module name patterns left in float, such as "*.layers.0.fc2"
     storage: Literal["planar32", "trits"] = "planar32"  # trits: 1.6 bits per ternary weight on disk
     float_dtype: Literal["float16", "float32"] = "float16"  # positions, norms and biases on disk

@@ -133,6 +133,17 @@ def test_a_narrow_student_general_then_task(bert: Path, classifier: Path, labell
         dqbart.compress(classifier, labelled, student=tmp_path / "general", recipe=other, output=tmp_path / "no")
 
 
+def test_heads_stay_in_float_unless_asked(classifier: Path, labelled: Path, tmp_path: Path) -> None:
+    found = {}
+    for heads in (False, True):
+        recipe = dqbart.Recipe(bits="8-8-8", epochs=0, quantize_heads=heads)  # type: ignore[arg-type]
+        result = dqbart.compress(classifier, dev_data=labelled, recipe=recipe, output=tmp_path / str(heads))
+        model = result.load(engine="torch")
+        found[heads] = {n for n, m in model.named_modules() if type(m).__name__ == "PackedLinear"}
+        assert result.report["scores"]["student"]["values"]["accuracy"] > 80
+    assert found[True] - found[False] == {"bert.pooler.dense", "classifier"} and len(found[False]) == 18
+
+
 @pytest.mark.parametrize(
     "shape", [dict(family="albert", embedding_size=16, sharing="attention"), dict(family="distilbert")], ids=str
 )

@@ -195,11 +195,12 @@ class _IntegerLinear(torch.autograd.Function):
         return dx, dw, db, None, None, None
 
 
-def quantizable(model: Any) -> tuple[list[str], list[str]]:
+def quantizable(model: Any, heads: bool = False) -> tuple[list[str], list[str]]:
     """Names of the linear modules, and of the modules that hold the vocabulary matrix, in `model`.
 
-    Linear: every `nn.Linear` of the base model except poolers. Vocabulary: the input embedding, whatever
-    is tied to it, and the output embedding if tied. Heads, positions and token types stay float.
+    Linear: every `nn.Linear` of the base model except poolers, with `heads` those and what stands on the base model,
+    too. Vocabulary: the input embedding, whatever is tied to it, and the output embedding if tied. Positions and token
+    types stay float.
     Raises `ValueError` for an unsupported architecture.
     """
     config = getattr(model, "config", None)
@@ -216,7 +217,10 @@ def quantizable(model: Any) -> tuple[list[str], list[str]]:
             f"{apart[0]} has a vocabulary matrix of its own (tie_word_embeddings=False): expected one shared matrix"
         )
     inside = {id(m) for name, m in base.named_modules() if "pooler" not in name}
-    linear = [n for n, m in modules.items() if isinstance(m, nn.Linear) and id(m) in inside]
+    untied = {n for n, m in modules.items() if getattr(m, "weight", None) is not shared}
+    linear = [
+        n for n, m in modules.items() if isinstance(m, nn.Linear) and (id(m) in inside or (heads and n in untied))
+    ]
     vocabulary = [n for n, m in modules.items() if getattr(m, "weight", None) is shared]
     return linear, vocabulary
 
@@ -228,11 +232,12 @@ def prepare(
     skip: tuple[str, ...] = (),
     numerics: str = "integer",
     probability_bits: int = 16,
+    heads: bool = False,
 ) -> nn.Module:
     """Make `model` fake-quantized, in place, and return it. Parameter names and ties stay as they were.
 
-    `skip`: `fnmatch` patterns of module names left in float. `numerics="paper"` follows DQ-BART's code:
-    one scale per matrix and per activation tensor, clip 2.5, lm_head in float.
+    `skip`: `fnmatch` patterns of module names left in float. `heads`: quantize poolers and heads, too.
+    `numerics="paper"` follows DQ-BART's code: one scale per matrix and per activation tensor, clip 2.5, lm_head in float.
     Raises `ValueError` for an architecture, a pattern or bits that don't fit.
     """
     bits = Bits(bits) if isinstance(bits, str) else bits
@@ -242,7 +247,7 @@ def prepare(
         raise ValueError(f"probability_bits {probability_bits!r}: expected 8 or 16")
     if probability_bits == 8 and bits.activations != 8:
         raise ValueError(f"probability_bits 8 with bits {bits}: needs 8-bit activations, such as 2-2-8")
-    linear, vocabulary = quantizable(model)
+    linear, vocabulary = quantizable(model, heads)
     if any(isinstance(m, FakeQuantLinear | FakeQuantEmbedding) for m in model.modules()):
         raise ValueError("the model is prepared already: expected a float one, such as from from_pretrained")
     for pattern in skip:
