@@ -54,9 +54,14 @@ class Score:
     generation: dict[str, Any]
 
     @property
+    def main(self) -> str:
+        """Which of `values` models are chosen by: ROUGE-L, else the first."""
+        return "rougeL" if self.metric == "rouge" else next(iter(self.values))
+
+    @property
     def value(self) -> float:
-        """The one number models are chosen by: ROUGE-L, else the first of `values`."""
-        return self.values["rougeL" if self.metric == "rouge" else next(iter(self.values))]
+        """The one number models are chosen by."""
+        return self.values[self.main]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

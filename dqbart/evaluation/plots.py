@@ -161,7 +161,7 @@ def score_grid(points: Sequence[Point]) -> bytes:
         axes.axhline(members[0].teacher_score, color="black", linewidth=1.2, linestyle=(0, (5, 3)))
         axes.set_xticks(range(len(columns)), columns)
         axes.set_xlim(-0.5, len(columns) - 0.5)
-        axes.set(title=task, xlabel="layers, encoder-decoder", ylabel=members[0].metric)
+        axes.set(title=task, xlabel="layers", ylabel=members[0].metric)
         _leave_out_low(axes, places)
 
     keys = [Line2D([], [], color=c, marker="o", markersize=5, label=f"{b} bits") for b, c in colour.items()]

@@ -14,11 +14,10 @@ from typing import Any
 
 from dqbart.evaluation import page, sections
 from dqbart.evaluation.card import NAMES
+from dqbart.evaluation.metrics import Score
 from dqbart.evaluation.page import Block, Example, Page, Section, Table
 from dqbart.evaluation.plots import Point, require_matplotlib
 from dqbart.evaluation.sections import Row, mib
-
-MAIN = {"rouge": "rougeL", "bleu": "bleu"}  # as Score.value
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,9 @@ def model_points(models: Sequence[Model]) -> list[Point]:
     labels: dict[str, str] = {}
     for model in models:
         scores, recipe, run = model.report.get("scores"), model.report["recipe"], model.report.get("run", {})
-        if not scores:
+        if not scores or "teacher" not in scores:  # labels alone: nothing to hold it against
             continue
-        student, main = scores["student"], MAIN[scores["student"]["metric"]]
+        student, main = scores["student"], Score(**scores["student"]).main
         key = json.dumps([run.get("teacher"), run.get("data"), student["definition"], student["generation"]])
         data = model.report.get("data", {}).get("name", "dev set")
         label = f"{data}, {scores['examples']:,} examples"
@@ -83,7 +82,7 @@ def model_points(models: Sequence[Model]) -> list[Point]:
                 task=labels.setdefault(key, label),
                 bits=recipe["bits"],
                 layers=recipe["layers"],
-                metric=NAMES[main],
+                metric=NAMES.get(main, main),
                 score=student["values"][main],
                 teacher_score=scores["teacher"]["values"][main],
                 file_bytes=model.report["sizes"]["file_bytes"],
@@ -100,7 +99,7 @@ def model_points(models: Sequence[Model]) -> list[Point]:
 def outputs_section(model: Model, how: str) -> Section:
     """Ten outputs beside the teacher's, the words marked that the teacher does not have."""
     title, outputs = "Outputs beside the teacher's", (model.report.get("scores") or {}).get("outputs")
-    if not outputs:
+    if not outputs or "teacher" not in outputs[0]:
         return Section(title, missing=how)
     same = sum(row["teacher"] == row["student"] for row in outputs)
     text = f"The first {len(outputs)} dev examples, not chosen: {same} of them have the teacher's very words. Marked: "
@@ -139,9 +138,11 @@ def _provenance(report: Row) -> dict[str, str]:
     found = {
         "teacher": f"{teacher['architecture']}, {teacher['parameters']:,} parameters, {mib(teacher['fp32_bytes'])} in "
         f"fp32; fingerprint {run.get('teacher', 'not recorded')}",
-        "student": f"{recipe['bits']} bits (weights-embeddings-activations), {recipe['layers']} layers "
-        f"(encoder-decoder), {recipe['numerics']} numerics, stored as {recipe['storage']}",
-        "layers copied": "; ".join(f"{field.removesuffix('_layers')} from {kept}" for field, kept in
+        "student": f"{recipe['bits']} bits (weights-embeddings-activations), {recipe['layers']} layers"
+        f"{' (encoder-decoder)' if '-' in recipe['layers'] else ''}, {recipe['numerics']} numerics, stored as "
+        f"{recipe['storage']}",
+        "method and task": f"{recipe.get('method', 'dq')}, {recipe.get('task', 'seq2seq')}",
+        "teacher's layers": "; ".join(f"{field.removesuffix('_layers')} from {kept}" for field, kept in
                                    report["layer_maps"].items()),
         "training": f"{length}, batch {recipe['batch_size']} x {recipe['gradient_accumulation']}, learning rate "
         f"{recipe['learning_rate']:g}, seed {recipe['seed']}; losses: {losses}"
@@ -153,8 +154,9 @@ def _provenance(report: Row) -> dict[str, str]:
         found["metric"] = scores["student"]["definition"] + "; intervals: 95 %, examples resampled"
         found |= {f"scores, {who}": ", ".join(
             f"{NAMES.get(name, name)} {value:.2f}" for name, value in scores[who]["values"].items())
-            for who in ("teacher", "student")}  # fmt: skip
-        found["generation, both"] = ", ".join(f"{k} {v}" for k, v in scores["student"]["generation"].items())
+            for who in ("teacher", "student") if who in scores}  # fmt: skip
+        if scores["student"]["generation"]:
+            found["generation, both"] = ", ".join(f"{k} {v}" for k, v in scores["student"]["generation"].items())
     gate = report["gate"]
     found["gate"] = (
         f"a fresh process, {gate['inputs']} inputs: logits within {gate['max_logit_difference']:.1e} of the student's, "

@@ -112,7 +112,7 @@ def grid_section(points: Sequence[Point], how: str) -> Section:
         for (bits, variant), row in grouped(members, lambda p: (p.bits, p.variant)).items():
             cells = [[f"{p.score:.2f} ({percent(p.retention)})" for p in row if p.layers == n] for n in layers]
             rows.append([bits, variant or USUAL, *map(" / ".join, cells)])
-        text = f"{members[0].metric} by layers (encoder-decoder), in brackets what is kept of the teacher's"
+        text = f"{members[0].metric} by layers, in brackets what is kept of the teacher's"
         blocks += [f"{task}: {text} {members[0].teacher_score:.2f}.", Table(["bits", "how", *layers], rows)]
     return Section(title, blocks)
 

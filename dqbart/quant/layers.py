@@ -237,7 +237,8 @@ def prepare(
     """Make `model` fake-quantized, in place, and return it. Parameter names and ties stay as they were.
 
     `skip`: `fnmatch` patterns of module names left in float. `heads`: quantize poolers and heads, too.
-    `numerics="paper"` follows DQ-BART's code: one scale per matrix and per activation tensor, clip 2.5, lm_head in float.
+    `numerics="paper"` follows DQ-BART's code: one scale per matrix and per activation tensor, clip 2.5, lm_head in
+    float.
     Raises `ValueError` for an architecture, a pattern or bits that don't fit.
     """
     bits = Bits(bits) if isinstance(bits, str) else bits
