@@ -24,6 +24,11 @@ SOURCES = {  # results file -> module, its function, the command that fills the 
     "size": ("size", "table", "python benchmarks/size.py"),
     "latency": ("latency", "table", "python benchmarks/latency.py"),
     "quality": ("quality", "table", f"{GRID} --work DIR"),
+    "sentence_embeddings": (
+        "sentence_embeddings",
+        "table",
+        "python benchmarks/sentence_embeddings.py MODEL --data DIR --work DIR",
+    ),
     "sensitivity": ("quality", "sensitivity_table", f"{GRID} --sensitivity"),
     "matmul": ("matmul", "table", "python benchmarks/matmul.py"),
     "step": ("step", "table", "python benchmarks/step.py"),
