@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dqbart.recipe import Recipe
+from dqbart.recipe import Recipe, stack_words
 from dqbart.run import Run, data_fingerprint, teacher_fingerprint
 
 
@@ -141,7 +141,7 @@ def _described(data: Any, train: Any, dev: Any) -> dict[str, Any]:
 
 
 def _origin(recipe: Recipe, maps: dict[str, list[int]], student: str | Path | None) -> str:
-    shown = ", ".join(f"{field.removesuffix('_layers')} {mapping}" for field, mapping in maps.items())
+    shown = stack_words(maps)
     if student is not None:
         return f"begun as {student}, held to teacher layers {shown}"
     return f"{'held to' if recipe.is_narrow else 'copied from'} teacher layers {shown}"

@@ -380,6 +380,13 @@ class Recipe:
         ]
 
 
+def stack_words(maps: dict[str, list[int]]) -> str:
+    """Layer maps for people: `encoder [0, 5], decoder [5]`, or `[0, 5]` of a model with one stack."""
+    if len(maps) == 1:
+        return str(next(iter(maps.values())))
+    return ", ".join(f"{field.removesuffix('_layers')} {mapping}" for field, mapping in maps.items())
+
+
 def _layers_of(config: Any) -> Layers:
     decoder = f"-{config.decoder_layers}" if config.is_encoder_decoder else ""
     return Layers(f"{config.num_hidden_layers if not decoder else config.encoder_layers}{decoder}")

@@ -93,7 +93,7 @@ def test_numbers_are_those_of_the_report(scored: Result) -> None:  # noqa: F811
     text = Reader(html).text
     for said in (
         scores["student"]["definition"], "num_beams 2", known["environment"]["processor"], known["run"]["teacher"],
-        f"torch {known['environment']['packages']['torch']}", known["run"]["data"], "seed 28", "encoder from [0, 2]",
+        f"torch {known['environment']['packages']['torch']}", known["run"]["data"], "seed 28", "encoder [0, 2]",
         f"{known['sizes']['file_bytes']:,}",
     ):  # fmt: skip
         assert said in text, said

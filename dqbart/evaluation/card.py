@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dqbart.recipe import stack_words
+
 MIB = 2**20
 NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum", "bleu": "BLEU",
          "chrf": "chrF2", "accuracy": "accuracy", "f1": "F1", "exact": "exact match",
@@ -188,7 +190,7 @@ def _speed(report: dict[str, Any]) -> str:
 
 def _recipe(report: dict[str, Any]) -> str:
     recipe, data = report["recipe"], report.get("data") or {}
-    maps = "; ".join(f"{field.removesuffix('_layers')} {kept}" for field, kept in report["layer_maps"].items())
+    maps = stack_words(report["layer_maps"])
     origin = "Begun as a student of an earlier run, held to" if report.get("student") else "Copied from"
     if any(recipe[name] for name in ("hidden_size", "heads", "intermediate_size")):
         origin = "Of a shape of its own, held to"

@@ -18,6 +18,7 @@ from dqbart.evaluation.metrics import Score
 from dqbart.evaluation.page import Block, Example, Page, Section, Table
 from dqbart.evaluation.plots import Point, require_matplotlib
 from dqbart.evaluation.sections import Row, mib
+from dqbart.recipe import stack_words
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,7 @@ def _provenance(report: Row) -> dict[str, str]:
         f"{' (encoder-decoder)' if '-' in recipe['layers'] else ''}, {recipe['numerics']} numerics, stored as "
         f"{recipe['storage']}",
         "method and task": f"{recipe.get('method', 'dq')}, {recipe.get('task', 'seq2seq')}",
-        "teacher's layers": "; ".join(f"{field.removesuffix('_layers')} from {kept}" for field, kept in
-                                   report["layer_maps"].items()),
+        "teacher's layers": stack_words(report["layer_maps"]),
         "training": f"{length}, batch {recipe['batch_size']} x {recipe['gradient_accumulation']}, learning rate "
         f"{recipe['learning_rate']:g}, seed {recipe['seed']}; losses: {losses}"
         if "training" in report["seconds"] else "none: quantized without training",

@@ -46,7 +46,8 @@ def stack_maps(config: Any, layers: Layers, kind: str | Sequence[int] = "spread"
         try:
             maps[field] = mapped_layers(kind, getattr(config, field), count)
         except ValueError as error:
-            raise ValueError(f"{field.removesuffix('_layers')} {error}") from None
+            where = f"{field.removesuffix('_layers')} " if len(stacks) == 2 else ""
+            raise ValueError(f"{where}{error}") from None
     return maps
 
 
