@@ -127,3 +127,14 @@ def test_what_does_not_fit_is_refused() -> None:
     q, other = torch.randn(1, 2, 3, 4), torch.randn(1, 3, 3, 4)
     with pytest.raises(ValueError, match="student with 2 heads, teacher with 3: .* relations .* don't"):
         losses.attention_kl((q, q), (other, other), mask)
+
+
+def test_sentences_of_another_width_keep_their_angles() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 8)
+    assert value(losses.sentence_gap(x, 3 * x)) == pytest.approx(0, abs=1e-6)
+    assert value(losses.sentence_gap(x, -x)) == pytest.approx(2, abs=1e-6)
+    wide = torch.linalg.qr(torch.randn(12, 12))[0][:8]  # 8 orthogonal directions of 12: no angle changes
+    assert value(losses.sentence_gap(x, x @ wide)) == pytest.approx(0, abs=1e-6)
+    pair = torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[1.0, 0, 0], [1, 0, 0]])
+    assert value(losses.sentence_gap(*pair)) == pytest.approx(0.5)  # two of four cosines are off by one

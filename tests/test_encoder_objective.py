@@ -113,7 +113,7 @@ def test_padding_and_batch_mates_change_nothing(kind: str) -> None:
 
 
 def test_another_width_is_compared_through_a_learned_projection() -> None:
-    recipe = Recipe(task="text", losses=only(hidden=1.0, embedding=1.0, cosine=1.0, sentence=1.0))
+    recipe = Recipe(task="text", losses=only(hidden=1.0, embedding=1.0, cosine=1.0))
     student, teacher, objective = pair(recipe, hidden_size=16, heads=4)
     weight = student.distill_projection.weight
     assert weight.shape == (32, 16) and any(p is weight for p in student.parameters())

@@ -24,8 +24,8 @@ from dqbart.recipe import Recipe
 
 MAPS = ("attention", "scores")
 RELATIONS = {"queries": "query", "keys": "key", "values": "value"}
-COMPARED = ("embedding", "hidden", "cosine", "sentence")  # hidden states, through a projection where widths differ
-HIDDEN = (*COMPARED, "order")
+COMPARED = ("embedding", "hidden", "cosine")  # hidden states, through a projection where widths differ
+HIDDEN = (*COMPARED, "sentence", "order")
 LARGE = 1 << 26  # elements of one model's logits: 256 MiB of fp32
 
 
@@ -200,8 +200,8 @@ class EncoderObjective:
         if "order" in self.weights:
             yield "order", F.cross_entropy(ours.order_logits.float(), batch["sentence_order_label"])
         if "sentence" in self.weights:
-            a_BD, b_BD = (pool(x.hidden_states[-1].float(), mask_BL, self.pooling) for x in (ours, theirs))
-            yield "sentence", (1 - F.cosine_similarity(a_BD, b_BD, dim=-1)).mean()
+            a_BD, b_BE = (pool(_last(x).float(), mask_BL, self.pooling) for x in (ours, theirs))
+            yield "sentence", losses.sentence_gap(a_BD, b_BE)
 
 
 def real(batch: dict[str, Tensor]) -> Tensor:
@@ -261,6 +261,12 @@ class _Taps:
     def last(self, part: str) -> Tensor:
         assert self.relations is not None
         return self.kept[self.relations, part]
+
+
+def _last(output: Any) -> Tensor:
+    """Last hidden states in the model's own width."""
+    found = output.get("last_hidden_state")
+    return output.hidden_states[-1] if found is None else found
 
 
 def _extras(student: Any) -> list[str]:

@@ -53,6 +53,16 @@ def hidden_cosine(student_BLD: Tensor, teacher_BLD: Tensor, mask_BL: Tensor) -> 
     return (gap_BL * mask_BL).sum() / _count(mask_BL)
 
 
+def sentence_gap(student_BD: Tensor, teacher_BE: Tensor) -> Tensor:
+    """1 - cosine of sentence vectors, mean over sentences; of another width, without shared directions, the mean squared
+    difference of the cosines between sentences of the batch.
+    """
+    student_BD, teacher_BE = (F.normalize(x.float(), dim=-1) for x in (student_BD, teacher_BE))
+    if student_BD.shape == teacher_BE.shape:
+        return (1 - (student_BD * teacher_BE).sum(-1)).mean()
+    return F.mse_loss(student_BD @ student_BD.mT, teacher_BE @ teacher_BE.mT)
+
+
 def soft_cross_entropy(student_BC: Tensor, teacher_BC: Tensor, temperature: float = 1.0) -> Tensor:
     """Cross-entropy of the teacher's class probabilities, softmax(z / T), mean over examples (TinyBERT, DynaBERT)."""
     targets_BC = (teacher_BC.float() / temperature).softmax(-1)
