@@ -54,7 +54,7 @@ def hidden_cosine(student_BLD: Tensor, teacher_BLD: Tensor, mask_BL: Tensor) -> 
 
 
 def sentence_gap(student_BD: Tensor, teacher_BE: Tensor) -> Tensor:
-    """1 - cosine of sentence vectors, mean over sentences; of another width, without shared directions, the mean squared
+    """1 - cosine of sentence vectors, mean over sentences; of another width, with directions of its own, mean squared
     difference of the cosines between sentences of the batch.
     """
     student_BD, teacher_BE = (F.normalize(x.float(), dim=-1) for x in (student_BD, teacher_BE))
