@@ -23,7 +23,6 @@ transformers in most rows.
 
 import argparse
 import json
-import math
 import os
 import shlex
 import signal
@@ -31,12 +30,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from operator import mul
 from pathlib import Path
+from typing import TypeVar
 
+from latency_figures import agreement, ratio
 from latency_models import SHAPES, Models, inputs
 from latency_tables import BEAMS, REFERENCE, Row, number, table
 from ledger import RESULTS, Ledger
@@ -44,12 +44,12 @@ from peers import CACHE, ENVS, Child, PeerFailed, System, systems
 
 KEYS = ("device", "shape", "layers", "system", "bits", "mode", "source", "batch", "threads")
 MODES = ("prefill", "greedy", "beam4", "beam6")  # an encoder has "forward" alone
-ORACLE = "dqbart-torch"  # whose ids other dqbart engines should give, as peers those of REFERENCE
 EXACT_PEERS = ("transformers-compiled", "ctranslate2-float32")
 MIN_ROUNDS = 3
 PAUSE_S = 0.25  # between turns: the last one's OpenMP threads may spin for 0.2 s
 QUICK = dict(shapes=["bart-base"], layers=["6-6"], modes=["greedy", "beam4"], sources=[128], batches=[1], tokens=16,
              threads=[min(2, os.cpu_count() or 1)], rounds=3)  # fmt: skip
+M = TypeVar("M", bound=Hashable)  # who takes turns
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,24 @@ class Team:
         self.children[system] = child
         _require(child.ready, "load_s", "resident_mib", "version")
 
-    def public(self, text: str) -> str:
-        """Without this machine's folders: results are published."""
+    def write_inputs(self, case: Case) -> None:
+        """What all children are asked next."""
+        (self.scratch / "inputs.json").write_text(json.dumps(inputs(self.shape, case.source, case.batch)))
+
+    def row(self, system: System, case: Case, times: list[float], answer: Row) -> Row:
+        """What one child came to in one case."""
+        first, *ms = times
+        ready = self.children[system].ready
+        memory = {name: answer[name] for name in ("peak_mib", "device_peak_mib") if name in answer}
+        load = dict(load_s=round(ready["load_s"], 3), start_s=round(self.start_s[system], 3),
+                    loaded_mib=ready["resident_mib"], version=ready["version"])  # fmt: skip
+        return figures(ms, case) | dict(first_ms=first) | memory | load
+
+    def gap(self, reason: str) -> Row:
+        """A row without figures; without this machine's folders too, since results are published."""
         for folder in (self.models.root, self.args.envs, self.scratch):
-            text = text.replace(f"{folder}{os.sep}", "")
-        return text
+            reason = reason.replace(f"{folder}{os.sep}", "")
+        return dict(error=reason, tried=True, median_ms=None)
 
     def close(self) -> None:
         for child in self.children.values():
@@ -148,41 +161,47 @@ def _require(message: Row, *names: str) -> None:
         raise PeerFailed(f"answered without {', '.join(missing)}: peer_runner.py says what an answer is")
 
 
-def measure(team: Team, wanted: list[System], case: Case) -> dict[System, Row]:
-    """A warm-up each, then rounds until there are enough or the time for a case is spent. A row per system."""
-    (team.scratch / "inputs.json").write_text(json.dumps(inputs(team.shape, case.source, case.batch)))
-    times: dict[System, list[float]] = {system: [] for system in wanted}
-    answers: dict[System, Row] = {}
-    gaps: dict[System, str] = {}
+def take_turns(
+    wanted: Sequence[M], ask: Callable[[M, bool], Row], args: argparse.Namespace
+) -> tuple[dict[M, list[float]], dict[M, Row], dict[M, str]]:
+    """A warm-up each, then rounds until there are enough or the time for a case is spent.
+
+    `ask(member, reset)` gives an answer or raises `PeerFailed`. Returns milliseconds, the warm-up's first, and the last
+    answer of those that never failed, and the reason for each that did.
+    """
+    times: dict[M, list[float]] = {member: [] for member in wanted}
+    answers: dict[M, Row] = {}
+    gaps: dict[M, str] = {}
 
     def turn(number: int) -> None:
         first = number % len(wanted)
-        for system in wanted[first:] + wanted[:first]:  # none is always behind the same other
-            if system not in gaps:
+        for member in [*wanted[first:], *wanted[:first]]:  # none is always behind the same other
+            if member not in gaps:
                 time.sleep(PAUSE_S)
                 try:
-                    answers[system] = team.ask(system, case, reset=number == 0)
-                    times[system].append(round(answers[system]["ms"], 3))
+                    answers[member] = ask(member, number == 0)
+                    times[member].append(round(answers[member]["ms"], 3))
                 except PeerFailed as error:
-                    gaps[system] = team.public(str(error))
+                    gaps[member] = str(error)
 
     turn(0)
     start = time.monotonic()
-    for done in range(team.args.rounds):
-        if done < MIN_ROUNDS or time.monotonic() - start < team.args.case_seconds:
+    for done in range(args.rounds):
+        if done < MIN_ROUNDS or time.monotonic() - start < args.case_seconds:
             turn(done + 1)
-    complete = {system: answers[system] for system in wanted if system not in gaps}
-    rows: dict[System, Row] = {system: dict(error=gap, tried=True, median_ms=None) for system, gap in gaps.items()}
-    for system, answer in complete.items():
-        first, *ms = times[system]
-        rows[system] = figures(ms, case) | dict(first_ms=first, agree=agreement(system, complete))
-        rows[system] |= {name: answer[name] for name in ("peak_mib", "device_peak_mib") if name in answer}
-        ready = team.children[system].ready
-        rows[system] |= dict(load_s=round(ready["load_s"], 3), start_s=round(team.start_s[system], 3),
-                             loaded_mib=ready["resident_mib"], version=ready["version"])  # fmt: skip
-        for peer in (other for other in complete if other.is_peer):
-            ratios = [b / a for a, b in zip(ms, times[peer][1:], strict=True)]
-            rows[system][f"vs_{peer.name}"] = round(statistics.median(ratios), 4)
+    complete = [member for member in wanted if member not in gaps]
+    return {m: times[m] for m in complete}, {m: answers[m] for m in complete}, gaps
+
+
+def measure(team: Team, wanted: list[System], case: Case) -> dict[System, Row]:
+    """A row per system."""
+    team.write_inputs(case)
+    times, answers, gaps = take_turns(wanted, lambda system, reset: team.ask(system, case, reset=reset), team.args)
+    rows = {system: team.gap(reason) for system, reason in gaps.items()}
+    for system, answer in answers.items():
+        rows[system] = team.row(system, case, times[system], answer) | dict(agree=agreement(system, answers))
+        for peer in (other for other in answers if other.is_peer):
+            rows[system][f"vs_{peer.name}"] = ratio(times[peer], times[system])
     return rows
 
 
@@ -193,25 +212,6 @@ def figures(ms: list[float], case: Case) -> Row:
     many = case.mode not in ("prefill", "forward")
     return dict(error=None, median_ms=middle, min_ms=min(ms), iqr_ms=round(high - low, 3), rounds_ms=ms,
                 tokens_per_s=round(1000 * case.batch * case.tokens / middle, 2) if many else None)  # fmt: skip
-
-
-def agreement(system: System, answers: dict[System, Row]) -> int | None:
-    """Rows in which `system` gives what its reference gives: the same ids, or vectors of cosine above 0.999."""
-
-    def is_reference(other: System) -> bool:
-        return (other.name, other.bits) == (ORACLE, system.bits) if not system.is_peer else other.name == REFERENCE
-
-    reference = next((answers[other] for other in answers if is_reference(other) and other != system), None)
-    if reference is None:
-        return None
-    mine = answers[system]
-    if "vectors" in reference:
-        return sum(cosine(a, b) > 0.999 for a, b in zip(mine["vectors"], reference["vectors"], strict=True))
-    return sum(a == b for a, b in zip(mine["ids"], reference["ids"], strict=True))
-
-
-def cosine(a: list[float], b: list[float]) -> float:
-    return sum(map(mul, a, b)) / (math.hypot(*a) * math.hypot(*b))
 
 
 def fill(ledger: Ledger, args: argparse.Namespace, chosen: list[System]) -> None:
@@ -276,13 +276,22 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         "--shapes", nargs="+", choices=list(SHAPES), default=["bart-base"], metavar="SHAPE", help=", ".join(SHAPES)
     )
     parser.add_argument("--layers", nargs="+", metavar="E-D", help="default: those of the shape, such as 6-6 6-3 3-1")
-    parser.add_argument("--systems", nargs="+", metavar="SYSTEM", help="default: all")
-    parser.add_argument("--bits", nargs="+", default=["2-2-8", "8-8-8"], metavar="W-E-A", help="of dqbart's models")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE", help=", ".join(MODES))
     parser.add_argument("--sources", nargs="+", type=int, metavar="N", help="source lengths, default 128 512 1024")
     parser.add_argument("--batches", nargs="+", type=int, metavar="N", help="default 1 8 32")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N")
     parser.add_argument("--tokens", type=int, default=32, help="generated per row, default 32")
+    parser.add_argument("--out", type=Path, help="ledger to fill, default results/latency.json")
+    shared_arguments(parser)
+    if parser.parse_known_args(words)[0].quick:
+        parser.set_defaults(**QUICK)
+    return parser.parse_args(words)
+
+
+def shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """What latency_encoders.py takes, too."""
+    parser.add_argument("--systems", nargs="+", metavar="SYSTEM", help="default: all")
+    parser.add_argument("--bits", nargs="+", default=["2-2-8", "8-8-8"], metavar="W-E-A", help="of dqbart's models")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N")
     parser.add_argument("--rounds", type=int, default=7, help=f"default 7; {MIN_ROUNDS} of them at any cost in time")
     parser.add_argument("--case-seconds", type=float, default=120, help="no new round after this, default 120")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one answer, default 900")
@@ -291,10 +300,6 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--envs", type=Path, default=ENVS, help="peers' environments, as given to peers.py")
     parser.add_argument("--models", type=Path, default=CACHE / "latency-models", help="cache of model folders")
     parser.add_argument("--again", action="store_true", help="measure cases that are in the file, too")
-    parser.add_argument("--out", type=Path, help="ledger to fill, default results/latency.json")
-    if parser.parse_known_args(words)[0].quick:
-        parser.set_defaults(**QUICK)
-    return parser.parse_args(words)
 
 
 def check(args: argparse.Namespace) -> list[System]:

@@ -47,17 +47,28 @@ def _bart(width: int, heads: int, inner: int, **more: Any) -> dict[str, Any]:
 
 
 BART, MBART = "BartForConditionalGeneration", "MBartForConditionalGeneration"
+ENCODER = (512, (128,), (1, 32))  # positions, sources, batches
 SHAPES = {
     "tiny": Shape(BART, _bart(64, 4, 128, vocab_size=512), ("2-2", "2-1"), sources=(16,), batches=(1, 2)),
     "tiny-mbart": Shape(MBART, _bart(64, 4, 128, vocab_size=512, scale_embedding=True), ("2-2",), 1024, (16,), (1, 2)),
     "tiny-bert": Shape(
         "BertModel", dict(hidden_size=48, intermediate_size=96, vocab_size=512), ("2",), 512, (16,), (1, 2)),
+    "tiny-albert": Shape(
+        "AlbertModel", dict(embedding_size=16, hidden_size=48, intermediate_size=96, num_attention_heads=4,
+                            vocab_size=512), ("3",), 512, (16,), (1, 2)),
     "bart-base": Shape(BART, _bart(768, 12, 3072), ("6-6", "6-3", "3-1")),
     "bart-large": Shape(BART, _bart(1024, 16, 4096), ("12-12", "12-6", "12-3")),
     "mbart-large": Shape(
         MBART, _bart(1024, 16, 4096, vocab_size=250_027, scale_embedding=True), ("12-12", "12-6", "12-3")),
-    "MiniLM-L6-H384": Shape("BertModel", dict(hidden_size=384, intermediate_size=1536), ("6",), 512, (128,), (1, 32)),
-    "bert-base": Shape("BertModel", {}, ("12",), 512, (128,), (1, 32)),
+    "MiniLM-L12-H384": Shape("BertModel", dict(hidden_size=384, intermediate_size=1536), ("12",), *ENCODER),
+    "MiniLM-L6-H384": Shape("BertModel", dict(hidden_size=384, intermediate_size=1536), ("6",), *ENCODER),
+    "TinyBERT-4": Shape("BertModel", dict(hidden_size=312, intermediate_size=1200), ("4",), *ENCODER),
+    "TinyBERT-6": Shape("BertModel", {}, ("6",), *ENCODER),
+    "distilbert-base": Shape("DistilBertModel", {}, ("6",), *ENCODER),
+    "albert-base": Shape(
+        "AlbertModel", dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, vocab_size=30_000),
+        ("12",), *ENCODER),
+    "bert-base": Shape("BertModel", {}, ("12",), *ENCODER),
 }  # fmt: skip
 
 

@@ -102,12 +102,13 @@ def _summary(rows: list[Row]) -> str:
     names = list(dict.fromkeys(name for line in found.values() for name in line))
     if not names:
         return ""
-    cells = [[*key, *(_range(line.get(name)) for name in names)] for key, line in found.items()]
+    cells = [[*key, *(spread(line.get(name)) for name in names)] for key, line in found.items()]
     title = "\n\nTimes as fast as each peer, over all threads, sources and batches: smallest / median / largest.\n\n"
     return title + markdown(["device", "shape", "layers", "system", "bits", "mode", *names], cells)
 
 
-def _range(values: list[float] | None) -> str | None:
+def spread(values: list[float] | None) -> str | None:
+    """Smallest, median and largest; of one value itself."""
     if not values:
         return None
     shown = (min(values), statistics.median(values), max(values)) if len(values) > 1 else values

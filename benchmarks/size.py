@@ -1,4 +1,4 @@
-"""How large is the file? Six models at the bits of DQ-BART's and TBT's tables, and ours: packed, measured with `stat`.
+"""How large is the file? Models at the bits of DQ-BART's and TBT's tables, and ours: packed, measured with `stat`.
 
     python benchmarks/size.py [--quick] [--models bart-base ...] [--ct2-python PATH] [--ort-python PATH]
 
@@ -52,6 +52,12 @@ MODELS = {
         dict(d_model=768, encoder_attention_heads=12, decoder_attention_heads=12, encoder_ffn_dim=3072,
              decoder_ffn_dim=3072), BASE_DEPTHS),
     "MiniLM-L12-H384": Shape("BertModel", dict(hidden_size=384, intermediate_size=1536), ("12", "6", "3")),
+    "MiniLM-L6-H384": Shape("BertModel", dict(hidden_size=384, intermediate_size=1536), ("6",)),
+    "TinyBERT-4": Shape("BertModel", dict(hidden_size=312, intermediate_size=1200), ("4",)),
+    "TinyBERT-6": Shape("BertModel", {}, ("6",)),
+    "distilbert-base": Shape("DistilBertModel", {}, ("6",)),
+    "albert-base": Shape(
+        "AlbertModel", dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072), ("12",)),
     "bert-base": Shape("BertModel", {}, ("12", "6", "3")),
     "xlm-roberta-base": Shape(
         "XLMRobertaModel", dict(vocab_size=250_002, max_position_embeddings=514, type_vocab_size=1), ("12", "6", "3")),
@@ -74,6 +80,7 @@ PROMISED = {  # MiB, of bart-base
 }
 GROUPS = ("linear codes", "embedding codes", "scales", "position", "bias", "norm", "other floats", "header")
 CT2, ORT = "ctranslate2 int8", "onnxruntime int8"
+UNREADABLE = {("albert-base", CT2): "CTranslate2 has no ALBERT"}
 FLOATS = {"transformers fp32": ("32-32-32", "F32"), "transformers fp16": ("16-16-32", "F16")}
 
 
@@ -265,14 +272,16 @@ def _peers(found: dict[tuple[Any, ...], dict[str, Any]], names: list[str]) -> st
     lines = []
     for name in names:
         depth = MODELS[name].depths[0]
-        line = [name, depth, *(_mib(found.get((name, depth, bits, kind))) for kind, (bits, _) in FLOATS.items())]
+        floats = [found.get((name, depth, bits, kind)) for kind, (bits, _) in FLOATS.items()]
+        line = [name, depth, floats[0] and f"{floats[0]['parameters'] / 1e6:.1f} M", *map(_mib, floats)]
         for kind, option in ((CT2, "--ct2-python PATH"), (ORT, "--ort-python PATH")):
-            missing = f"not measured: `size.py --models {name} {option}`"
+            missing = UNREADABLE.get((name, kind)) or f"not measured: `size.py --models {name} {option}`"
             line.append(_mib(found.get((name, depth, "8-8-8", kind))) or missing)
         for bits, format in (("8-8-8", "planar32"), ("2-2-8", "planar32"), ("2-2-8", "trits")):
             line.append(_mib(found.get((name, depth, bits, format))))
         lines.append(line)
-    return markdown(["model", "layers", *FLOATS, CT2, ORT, "dqbart 8-8-8", "2-2-8", "2-2-8 trits"], lines)
+    header = ["model", "layers", "parameters", *FLOATS, CT2, ORT, "dqbart 8-8-8", "2-2-8", "2-2-8 trits"]
+    return markdown(header, lines)
 
 
 def _files(found: dict[tuple[Any, ...], dict[str, Any]], name: str, full: int) -> str:
@@ -334,7 +343,7 @@ def fill_ledger(ledger: Ledger, args: argparse.Namespace) -> None:
             for row in measure_depth(name, layers, wanted):
                 add(row)
         for format, python in ((CT2, args.ct2_python), (ORT, args.ort_python)):
-            if python and missing(name, MODELS[name].depths[0], "8-8-8", format):
+            if python and (name, format) not in UNREADABLE and missing(name, MODELS[name].depths[0], "8-8-8", format):
                 add(peer_row(name, format, python))
 
 

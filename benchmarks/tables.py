@@ -23,6 +23,7 @@ GRID = "python benchmarks/quality.py benchmarks/grids/first.yaml --teachers DIR 
 SOURCES = {  # results file -> module, its function, the command that fills the file
     "size": ("size", "table", "python benchmarks/size.py"),
     "latency": ("latency", "table", "python benchmarks/latency.py"),
+    "latency_encoders": ("latency_encoders", "table", "python benchmarks/latency_encoders.py"),
     "quality": ("quality", "table", f"{GRID} --work DIR"),
     "sentence_embeddings": (
         "sentence_embeddings",
