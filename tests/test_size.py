@@ -68,6 +68,8 @@ def test_formulas_give_the_published_sizes(model, layers, bits, a, b):
     [
         ("bart-base", 139_420_416), ("bart-large", 406_291_456), ("mbart-large-cc25", 610_851_840),
         ("bert-base", 109_482_240), ("MiniLM-L12-H384", 33_360_000), ("xlm-roberta-base", 278_043_648),
+        ("MiniLM-L6-H384", 22_713_216), ("TinyBERT-4", 14_350_248), ("TinyBERT-6", 66_955_008),
+        ("distilbert-base", 66_362_880), ("albert-base", 11_683_584),
     ],
 )  # fmt: skip
 def test_models_have_their_published_number_of_parameters(model, parameters):
@@ -154,6 +156,14 @@ def test_a_peer_is_measured_and_the_other_one_is_a_visible_gap(tiny, monkeypatch
     (row,) = [row for row in rows if row["format"] == size.CT2]
     assert code == 0 and row["bytes"] == 3 * 2**20 and row["versions"].startswith("transformers ")
     assert "| 3.0 | not measured: `size.py --models bart-base --ort-python PATH` |" in size.table(rows)
+
+
+def test_a_model_that_a_peer_cannot_read_is_a_gap_and_is_not_tried(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(size, "UNREADABLE", {("bert-base", size.CT2): "it has no BERT"})
+    code, rows = tiny("--models", "bert-base", "--ct2-python", str(tmp_path / "none" / "python"))
+    assert code == 0 and "| it has no BERT | not measured: `size.py --models bert-base --ort" in size.table(rows)
+    parameters = sum(p.numel() for p in build("bert-base", "2").parameters())
+    assert f"| bert-base | 2 | {parameters / 1e6:.1f} M |" in size.table(rows)
 
 
 @pytest.mark.parametrize("case", ["absent", "failing", "incomplete"])
