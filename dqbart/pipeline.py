@@ -199,6 +199,7 @@ def _distil(
     if dev is not None and task.is_scored(dev):
         subset = dev.select(range(min(stages[0][0].dev_subset, len(dev))))
     for number, (stage, objective) in enumerate(stages, 1):
+        chooses = subset is not None and _trains_outputs(stage)
         folder = run.work if len(stages) == 1 else run.work / f"stage-{number}"
         if len(stages) > 1:
             say(f"stage {number} of {len(stages)}: {stage.method}, losses {', '.join(stage.terms)}")
@@ -207,11 +208,16 @@ def _distil(
                 model=student, teacher=teacher, objective=objective,
                 args=trainer.training_arguments(stage, folder, len(rows), device), train_dataset=rows,
                 data_collator=collator,
-                dev_score=(lambda model: task.score(model, subset).score) if subset is not None else None,
+                dev_score=(lambda model: task.score(model, subset).score) if chooses else None,
             )
         )  # fmt: skip
     state.wait_for_everyone()
     return bool(state.is_main_process)
+
+
+def _trains_outputs(stage: Recipe) -> bool:
+    """Whether what a score looks at is trained: a head that no loss reaches would choose the student by chance."""
+    return bool({"task", "logits"} & stage.terms.keys()) or stage.task in ("seq2seq", "sentences")
 
 
 def _pack(student: Any, tokenizer: Any, recipe: Recipe, run: Run) -> Path:

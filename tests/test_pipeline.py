@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import dqbart
 from dqbart.packed.gate import GateError, check_in_fresh_process, probe_inputs
+from dqbart.pipeline import _trains_outputs
 from dqbart.recipe import LossWeights
 
 RECIPE = dqbart.Recipe(
@@ -146,3 +147,17 @@ def test_importing_dqbart_is_light() -> None:
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]" and start is not None
+
+
+@pytest.mark.parametrize(
+    "task, terms, chooses",
+    [
+        ("classification", {"task": 1.0}, True), ("classification", {"logits": 1.0, "hidden": 1.0}, True),
+        ("classification", {"hidden": 1.0, "scores": 1.0}, False), ("questions", {"values": 1.0}, False),
+        ("seq2seq", {"encoder_hidden": 1.0}, True), ("sentences", {"hidden": 1.0}, True),
+    ],
+)  # fmt: skip
+def test_a_head_that_learns_nothing_does_not_choose_the_student(task, terms, chooses) -> None:
+    """TinyBERT's inner layers are trained under a head that is random: its dev score is noise."""
+    losses = LossWeights(**dict(task=0.0, logits=0.0) | terms)
+    assert _trains_outputs(dqbart.Recipe(task=task, losses=losses)) is chooses

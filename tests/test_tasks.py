@@ -262,6 +262,17 @@ def test_writing_with_an_encoder(bert: Path, classifier: Path, tmp_path: Path, c
         dqbart.compress(bert, data, recipe=other, output=tmp_path / "no")
 
 
+def test_a_model_of_few_positions_passes_the_gate_on_long_texts(tmp_path: Path) -> None:
+    config = tiny_encoder("bert").config
+    config.max_position_embeddings = 24
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "bert")
+    bert_tokenizer().save_pretrained(tmp_path / "bert")
+    rows = [{"text": " ".join(sentences(12, seed=seed))} for seed in range(20)]
+    recipe = dqbart.Recipe(bits="32-32-32", method="finetune", task="text", **FEW)  # type: ignore[arg-type]
+    result = dqbart.compress(tmp_path / "bert", write(tmp_path / "t.jsonl", rows), recipe=recipe, output=tmp_path / "o")
+    assert result.report["recipe"]["max_source_length"] == 24
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert main(["compress", *map(str, arguments)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]

@@ -70,8 +70,8 @@ class PlainText(Task):
             return super().probe(model, examples)
         texts = [texts[0] for texts in examples.documents[:PROBES]]
         return dict(
-            self.tokenizer(texts, truncation=True, max_length=PROBE_TOKENS, padding=True, padding_side="right",
-                           return_tensors="pt")
+            self.tokenizer(texts, truncation=True, max_length=min(PROBE_TOKENS, self.recipe.max_source_length),
+                           padding=True, padding_side="right", return_tensors="pt")
         )  # fmt: skip
 
     def _rate(self) -> float:
