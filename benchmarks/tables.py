@@ -31,6 +31,7 @@ SOURCES = {  # results file -> module, its function, the command that fills the 
         "python benchmarks/sentence_embeddings.py MODEL --data DIR --work DIR",
     ),
     "sensitivity": ("quality", "sensitivity_table", f"{GRID} --sensitivity"),
+    "encoder_methods": ("encoder_methods", "table", "python benchmarks/encoder_methods.py --data DATA --work WORK"),
     "matmul": ("matmul", "table", "python benchmarks/matmul.py"),
     "step": ("step", "table", "python benchmarks/step.py"),
     "gate": ("gate", "table", "python benchmarks/gate.py"),

@@ -1,0 +1,291 @@
+"""Encoder methods from scratch: a BERT learns to read, students of a third of its layers learn from it, and three tasks
+tell what each method was worth, beside a student of the same shape that had no teacher.
+
+    python benchmarks/encoder_methods.py --data ../shared/data --work DIR [--size small|gpu] [--only TEXT] [--list]
+        [--steps FACTOR] [--device cuda --bf16]
+    python benchmarks/encoder_methods.py --data ../shared/data --quick
+
+Problem: published students learned from other teachers, on other text, for longer than those they are compared with.
+Method: one tokenizer, one text (text-books), one teacher, and for all students of a shape the same steps, batches and
+learning rate; each number is a `dqbart.compress`, scored on the test set as `dqbart eval` does, for several seeds of
+fine-tuning. encoder_methods_cells.py says which cells there are and what each stands on. They run one after the other
+in this process; a stopped one goes on from its checkpoint, and finished ones are in the results file. Rejected: scores
+on validation (it chose the student), and tuning the learning rate for each method, which would be most of the time.
+
+Dropout is 0 on text, which is seen about once, and 0.1 on tasks. A failed gate is said, and costs the cells that stand
+on it and exit code 1. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from encoder_methods_cells import STUDIES, Cell, Data, Shape, Study, cells, in_order, quantized
+from encoder_methods_tables import best
+from encoder_methods_tables import table as table  # where every benchmark has it
+from ledger import RESULTS, Ledger
+
+KEYS = ("study", "cell")
+SPLITS = ("train", "validation", "test")
+SEED = 28
+DROPOUT = 0.1  # on tasks
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Workshop:
+    """Makes, once each, what cells are made of, in folders below `work`: data, tokenizer, random models, results."""
+
+    def __init__(self, data: Path, work: Path, device: str | None, bf16: bool) -> None:
+        self.source, self.work, self.device, self.bf16 = data, work, device, bf16
+
+    def folder(self, cell: Cell) -> Path:
+        return self.work / re.sub("[ ,]+", "-", cell.name) / cell.settings
+
+    def model(self, model: Cell | Shape, texts: Data, dropout: float) -> Path:
+        """The folder of a finished cell, or of random weights; `texts`: what the tokenizer is made of."""
+        if isinstance(model, Cell):
+            return self.folder(model)
+        start = self.work / "start"
+        words = self._once(
+            start / f"tokenizer-{model.vocabulary}-{texts.rows[0] or 'all'}",
+            lambda folder: train_tokenizer(self.rows(texts), model, folder),
+        )
+        name = f"{model.layers}x{model.width}-{model.heads}-{words.name}-{model.length}-dropout-{dropout:g}"
+        return self._once(start / name, lambda folder: random_bert(model, words, dropout, folder))
+
+    def rows(self, data: Data) -> Path:
+        """A folder with the rows that a cell asks for."""
+        plain = self.source / data.name
+        if not plain.is_dir():
+            raise FileNotFoundError(f"{plain}: no such folder; --data is the folder of all data sets")
+        if any(most is not None for most in data.rows):
+            name = "-".join([data.name, *("all" if most is None else str(most) for most in data.rows)])
+            plain = self._once(self.work / "data" / name, lambda folder: sample(self.source / data.name, data, folder))
+        if data.writer is None:
+            return plain
+        name = f"{plain.name}-{data.augmented}x{data.variants}-{data.writer.settings}"
+        writer = self.folder(data.writer)
+        return self._once(self.work / "data" / name, lambda folder: augment(plain, writer, data, folder, self.device))
+
+    def _once(self, folder: Path, make: Callable[[Path], None]) -> Path:
+        """`folder`, made under another name and renamed when it is whole."""
+        if not folder.exists():
+            partial = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            make(partial)
+            os.replace(partial, folder)
+        return folder
+
+    def run(self, cell: Cell, texts: Data) -> dict[str, Any]:
+        """A cell's row. Raises what `dqbart.compress` raises."""
+        import dqbart
+        from dqbart.tasks.run import evaluate
+
+        on_text = cell.data.name == texts.name
+        dropout = 0.0 if on_text else DROPOUT
+        data, output = self.rows(cell.data), self.folder(cell)
+        recipe = cell.recipe | lengths(cell, data) | {"bf16": self.bf16 and on_text}
+        student = None if cell.student is None else self.model(cell.student, texts, dropout)
+        result = dqbart.compress(
+            self.model(cell.model, texts, dropout), data, student=student, output=output, device=self.device,
+            recipe=dqbart.Recipe.from_dict(recipe),
+        )  # fmt: skip
+        report = result.report
+        row = cell.shown | {
+            "bits": cell.recipe["bits"], "steps": sum(cell.steps), "minutes": report["seconds"]["training"] / 60,
+            "file_bytes": report["sizes"]["file_bytes"],
+        }  # fmt: skip
+        shutil.rmtree(output.with_name(output.name + ".training"), ignore_errors=True)
+        found = report.get("scores", {}).get("student", {}).get("values", {})
+        if on_text:
+            set_dropout(output, DROPOUT)
+            return row | {"words": found.get("accuracy")}
+        score, _ = evaluate(str(output), str(data), device=self.device)
+        return row | {"score": score.value, "metric": "accuracy", "validation": found["accuracy"]}
+
+
+def lengths(cell: Cell, data: Path) -> dict[str, Any]:
+    """The recipe's words for a number of steps; of two parts, in epochs."""
+    if len(cell.steps) == 1:
+        return {"max_steps": cell.steps[0]}
+    from dqbart.data.files import load_rows
+
+    epoch = math.ceil(len(load_rows(data)) / cell.recipe["batch_size"])
+    first, second = ((steps - 0.5) / epoch for steps in cell.steps)  # rounded up to whole steps
+    return {"epochs": first, "prediction_epochs": second}
+
+
+def train_tokenizer(data: Path, shape: Shape, folder: Path) -> None:
+    """BERT's lower-casing WordPiece, of the training texts."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
+
+    from dqbart.data.files import load_rows
+
+    texts = [row["text"] for row in load_rows(data)]
+    say(f"a tokenizer of {len(texts):,} texts")
+    trained = BertWordPieceTokenizer(lowercase=True)
+    trained.train_from_iterator(texts, vocab_size=shape.vocabulary, show_progress=False)
+    BertTokenizerFast(vocab=trained.get_vocab(), model_max_length=shape.length).save_pretrained(folder)
+
+
+def random_bert(shape: Shape, tokenizer: Path, dropout: float, folder: Path) -> None:
+    """A BERT that knows nothing."""
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, set_seed
+
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    words.save_pretrained(folder)
+    set_seed(SEED)
+    config = BertConfig(
+        vocab_size=len(words), pad_token_id=words.pad_token_id, hidden_size=shape.width,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, intermediate_size=4 * shape.width,
+        max_position_embeddings=shape.length, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+    )  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(folder)
+
+
+def set_dropout(folder: Path, dropout: float) -> None:
+    """Change what a checkpoint says of its dropout."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def sample(source: Path, data: Data, folder: Path) -> None:
+    """At most so many rows of each split: labelled ones drawn, texts the first, so that documents stay whole."""
+    from dqbart.data.files import load_rows
+
+    for split, most in zip(SPLITS, data.rows, strict=True):
+        rows = load_rows(source, split=split)
+        kept: Sequence[int] = range(len(rows) if most is None else min(most, len(rows)))
+        if "label" in rows[0] and len(kept) < len(rows):
+            kept = sorted(random.Random(SEED).sample(range(len(rows)), len(kept)))
+        names = ("sentence", "label") if "label" in rows[0] else ("text", "doc")
+        write(folder / f"{split}.jsonl", ({name: rows[i][name] for name in names} for i in kept))
+
+
+def augment(plain: Path, writer: Path, data: Data, folder: Path, device: str | None) -> None:
+    """The rows of `plain`, with variants of the first ones by TinyBERT's augmentation; the teacher on text guesses."""
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    from dqbart.data.augmentation import Augmenter
+    from dqbart.data.files import load_rows
+    from dqbart.teacher import choose_device
+
+    rows = load_rows(plain)
+    texts, rest = [row["sentence"] for row in rows[: data.augmented]], rows[data.augmented :]
+    say(f"{data.name}: up to {data.variants} variants each of {len(texts):,} training rows of {len(rows):,}")
+    model = AutoModelForMaskedLM.from_pretrained(writer).to(choose_device(device))
+    found = Augmenter(model, AutoTokenizer.from_pretrained(writer), variants=data.variants, seed=SEED).augment(texts)
+    made = [{"sentence": row.text, "label": rows[row.origin]["label"]} for row in found]
+    write(folder / "train.jsonl", [*made, *rest])
+    for split in SPLITS[1:]:
+        write(folder / f"{split}.jsonl", load_rows(plain, split=split))
+
+
+def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with file.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def is_done(cell: Cell, study: Study, ledger: Ledger) -> bool:
+    row = ledger.find(study=str(study), cell=cell.name)
+    return row is not None and row["settings"] == cell.settings
+
+
+def run(chosen: list[Cell], study: Study, ledger: Ledger, workshop: Workshop) -> list[str]:
+    """Fill the ledger with what it lacks, and with what has changed. Returns the names of the cells that failed."""
+    from dqbart.packed.gate import GateError
+
+    failed: list[str] = []
+    for number, cell in enumerate(chosen, 1):
+        if is_done(cell, study, ledger):
+            continue
+        if lost := [other.name for other in cell.needs if other.name in failed]:
+            say(f"SKIPPED {cell.name}: {lost[0]} failed")
+            failed.append(cell.name)
+            continue
+        say(f"\n{number} of {len(chosen)}: {cell.title}")
+        try:
+            row = workshop.run(cell, Data("text-books", study.texts))
+        except GateError as error:
+            say(f"FAILED {cell.name}: {error}")
+            failed.append(cell.name)
+            continue
+        row = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+        ledger.add({"study": str(study), "cell": cell.name, "settings": cell.settings} | row)
+    return failed
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of the data sets")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="where models and data are kept")
+    parser.add_argument("--size", choices=("small", "gpu"), default="small", help="shapes and steps (small: two cores)")
+    parser.add_argument("--quick", action="store_true", help="the whole chain with hardly any training, in minutes")
+    parser.add_argument(
+        "--only", metavar="TEXT", help="only cells with TEXT in what --list says, and what they stand on"
+    )
+    parser.add_argument("--steps", type=float, default=1.0, metavar="FACTOR", help="times as many steps of all (1)")
+    parser.add_argument("--list", action="store_true", help="name the cells, and which are done; run none")
+    parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision on text")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="results (results/encoder_methods.json)")
+    args = parser.parse_args()
+    if args.work is None and not (args.quick or args.list):
+        parser.error("--work is missing: a folder for models and data, some gigabytes")
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run in the background is stopped like one in front
+    with tempfile.TemporaryDirectory() as scratch:
+        size = "quick" if args.quick else args.size
+        try:
+            study = STUDIES[size].times(args.steps)
+            results = args.out or (Path(scratch) if args.quick else RESULTS) / "encoder_methods.json"
+            ledger = Ledger(results, KEYS)
+            everything = cells(study)
+            chosen = in_order(cell for cell in everything if args.only is None or args.only in cell.title)
+            if args.list:
+                for cell in chosen:
+                    print("done   " if is_done(cell, study, ledger) else "missing", cell.title)
+                return 0
+            workshop = Workshop(args.data, (args.work or Path(scratch)) / size, args.device, args.bf16)
+            failed = run(chosen, study, ledger, workshop)
+            task = next(iter(study.task_steps))
+            own = [row for row in ledger.rows if row["study"] == str(study)]
+            winner = best(own, task, str(study.narrow))
+            if winner is not None and args.only in (None, "quantized"):
+                failed += run(quantized(study, everything, winner), study, ledger, workshop)
+        except KeyboardInterrupt:
+            say("interrupted: finished cells are kept; the same command goes on")
+            return 130
+        except (ValueError, OSError) as error:
+            say(str(error))
+            return 2
+        print(table(ledger.rows))
+        print(json.dumps({"rows": len(ledger.rows), "failed": failed}))
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
