@@ -14,10 +14,11 @@ from dqbart.packed import hook
 
 if TYPE_CHECKING:
     from dqbart.engines import load
+    from dqbart.extraction import extract
     from dqbart.pipeline import compress
     from dqbart.recipe import Bits, Layers, Recipe
 
-__all__ = ["Bits", "Layers", "Recipe", "compress", "load"]
+__all__ = ["Bits", "Layers", "Recipe", "compress", "extract", "load"]
 __version__ = "0.1.0"
 
 _HOME = {
@@ -25,6 +26,7 @@ _HOME = {
     "Layers": "dqbart.recipe",
     "Recipe": "dqbart.recipe",
     "compress": "dqbart.pipeline",
+    "extract": "dqbart.extraction",
     "load": "dqbart.engines",
 }
 

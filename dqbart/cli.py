@@ -65,6 +65,13 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--overwrite", action="store_true", help="replace what another recipe left in --out")
     verb.set_defaults(run=run_compress)
 
+    verb = verbs.add_parser("extract", help="a folder of a part of what --method dynabert trained")
+    verb.add_argument("folder", metavar="FOLDER", help="what compress --method dynabert left")
+    verb.add_argument("--width", type=float, default=1.0, help="share of heads and neurons (1)")
+    verb.add_argument("--depth", type=float, default=1.0, help="share of layers (1)")
+    verb.add_argument("--out", dest="output", required=True, help="folder to write")
+    verb.set_defaults(run=run_extract)
+
     verb = verbs.add_parser("augment", help="more training rows: words replaced by what a masked language model says")
     verb.add_argument("model", help="folder or hub id of a fill-mask checkpoint")
     verb.add_argument("--data", required=True, help="as for compress; its training split is read")
@@ -169,6 +176,13 @@ def run_compress(args: argparse.Namespace) -> dict[str, Any]:
         student=run.get("student"), overwrite=args.overwrite, device=args.device,
     )  # fmt: skip
     return result.summary()
+
+
+def run_extract(args: argparse.Namespace) -> dict[str, Any]:
+    from dqbart.extraction import extract
+
+    result = extract(args.folder, output=args.output, width=args.width, depth=args.depth)
+    return result.summary() | {"subnetwork": result.report["subnetwork"]}
 
 
 def run_augment(args: argparse.Namespace) -> dict[str, Any]:

@@ -81,13 +81,15 @@ def only(**weights: float) -> LossWeights:
     return LossWeights(**dict(task=0.0, logits=0.0) | weights)
 
 
+DEPTH_LOSSES = only(logits=1.0, hidden=1.0)  # of DynaBERT's second part
 PAPER_LOSSES = LossWeights(**dict.fromkeys((*BOTH, *OF_ENCODER_DECODERS), 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """One way to learn. `settings`: recipe fields that it sets where the user doesn't. `then`: a second method, for
-    `prediction_epochs` more where there is a task. `families`: the models it is for.
+    `prediction_epochs` more where there is a task. `families`: the models it is for. `elastic`: it trains the teacher's
+    own shape so that parts of it are models, too.
     """
 
     says: str
@@ -96,6 +98,7 @@ class Method:
     then: str | None = None
     families: tuple[str, ...] = ("encoder",)
     learning_rate: float = 5e-5  # at width 768, in float
+    elastic: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -137,6 +140,12 @@ METHODS: dict[str, Method] = {
     "ternarybert": Method(
         says="TernaryBERT (arXiv 2009.12812): predictions, attention scores and all hidden states, at equal depth",
         losses=only(logits=1.0, embedding=1.0, hidden=1.0, scores=1.0),
+    ),
+    "dynabert": Method(
+        says="DynaBERT (arXiv 2004.04037): a network whose parts, of many widths and depths, are networks, too",
+        losses=only(logits=1.0, hidden=0.1),
+        learning_rate=2e-5,
+        elastic=True,
     ),
     "sentence": Method(
         says="sentence embeddings: the teacher's pooled ones, and the hidden states they are made of",

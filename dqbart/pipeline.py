@@ -5,6 +5,7 @@ checkpoints, the best student, metrics.jsonl); `OUTPUT/` appears at the very end
 process has loaded it and said the same as the student. Rerunning the same command continues, or finds the work done.
 """
 
+import copy
 import os
 import shutil
 import sys
@@ -15,6 +16,8 @@ from typing import Any
 
 from dqbart.recipe import Recipe, stack_words
 from dqbart.run import Run, data_fingerprint, teacher_fingerprint
+
+ELASTIC = "elastic"  # the float network, beside a packed one whose sub-networks are to be cut
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ def compress(
     validation split, `dev_data` or a held-out part selects and scores the student. `recipe`: a `Recipe` or a
     preset's name. `student`: a float checkpoint that the student starts as, such as the folder of an earlier run with
     bits 32-32-32; by default layers of the teacher. With `epochs=0` no training is done and no data is needed. With
-    bits 32-32-32 the folder is a plain transformers checkpoint.
+    bits 32-32-32 the folder is a plain transformers checkpoint. What method "dynabert" left, `dqbart.extract` cuts into
+    sub-networks.
 
     Raises `ValueError`, `FileNotFoundError` or `FileExistsError`, one line, for whatever doesn't fit, before
     anything is written; `GateError` if the packed folder doesn't behave as the student.
@@ -82,7 +86,7 @@ def compress(
     from dqbart.distill.objective import open_objective
     from dqbart.packed.gate import check_in_fresh_process
     from dqbart.student.depth import stack_maps
-    from dqbart.tasks import open_task
+    from dqbart.tasks import elastic, open_task
     from dqbart.teacher import load_student, load_teacher
 
     model, tokenizer, known_task = load_teacher(teacher, tokenizer, device, recipe.task, seed=recipe.seed)
@@ -96,6 +100,7 @@ def compress(
     maps = stack_maps(model.config, recipe.layers, recipe.layer_map)
     small = _student(model, start, recipe)
     stages = [(stage, open_objective(stage, maps, small, model, task.pooling)) for stage in recipe.stages()]
+    measured: Any = elastic.importance_examples(task, train, dev) if recipe.elastic else None
     identity = {"recipe": recipe.to_dict(), "teacher": teacher_fingerprint(model), "data": data_fingerprint(train, dev)}
     if start is not None:
         identity["student"] = teacher_fingerprint(start)
@@ -105,22 +110,32 @@ def compress(
         return Result(output, run.finished)
     say(f"student {recipe.bits} bits, {recipe.layers} layers, {_origin(recipe, maps, student)}")
     seconds: dict[str, float] = {}
+    if recipe.elastic:
+        with _timed(seconds, "importance"):
+            say(f"importance of heads and neurons, on {len(measured):,} examples")
+            elastic.rewire_student(small, model, task, measured, run.work)
     if train is not None and (recipe.epochs > 0 or recipe.max_steps > 0):
         with _timed(seconds, "training"):
             if not _distil(model, small, task, train, dev, stages, run, device):
                 return Result(output, {})  # another process of the same run does the rest
     with _timed(seconds, "packing"):
         task.settle(small, model)
-        staged = _pack(small, tokenizer_for(small, tokenizer), recipe, run)
+        staged = pack(small, tokenizer_for(small, tokenizer), recipe, run.work / "packed")
         task.complete(staged)
+        if recipe.elastic and recipe.bits.quantized:
+            small.save_pretrained(staged / ELASTIC)
         gate = check_in_fresh_process(small.to("cpu"), staged, model_inputs(small, task.probe(small, dev or train)))
     say(f"gate: a fresh process gives logits within {gate['max_logit_difference']:.1e}{_and_ids(gate)}")
     report = _report(model, recipe, maps, staged, gate, seconds) | {"student": start is not None}
+    if isinstance(teacher, str | Path) and not Path(teacher).exists():
+        report["teacher"]["hub_id"] = str(teacher)
     if train is not None or dev is not None:
         report["data"] = _described(data if data is not None else dev_data, train, dev)
     if dev is not None and task.is_scored(dev):
         with _timed(seconds, "scoring"):
             report["scores"] = _scores(model, task, staged, dev, recipe)
+            if recipe.elastic:
+                report["subnetworks"] = elastic.score_subnetworks(task, small.to(model.device), dev)
     from dqbart.evaluation import card
 
     card.write(staged, report, str(teacher) if isinstance(teacher, str | Path) else None, output.name)
@@ -168,19 +183,25 @@ def _student(teacher: Any, start: Any, recipe: Recipe) -> Any:
     from transformers import set_seed
 
     from dqbart.quant.attention import use_attention
-    from dqbart.quant.layers import prepare
     from dqbart.student.start import new_student
 
     use_attention(teacher)
     set_seed(recipe.seed)  # of what is not copied
     student = start if start is not None else new_student(teacher, recipe)
     use_attention(student)
+    return quantize(student, recipe).to(teacher.device)
+
+
+def quantize(student: Any, recipe: Recipe) -> Any:
+    """The float student, made fake-quantized in place as the recipe says."""
+    from dqbart.quant.layers import prepare
+
     if recipe.bits.quantized:
         prepare(
             student, recipe.bits, skip=recipe.skip, numerics=recipe.numerics, probability_bits=recipe.probability_bits,
             heads=recipe.quantize_heads,
         )  # fmt: skip
-    return student.to(teacher.device)
+    return student
 
 
 def _distil(
@@ -191,6 +212,7 @@ def _distil(
     from accelerate import PartialState
 
     from dqbart.distill import trainer
+    from dqbart.tasks.elastic import mean_score
 
     state = PartialState(cpu=device == "cpu")
     rows, collator = task.training_set(train, teacher, run.work)
@@ -202,13 +224,20 @@ def _distil(
         chooses = subset is not None and _trains_outputs(stage)
         folder = run.work if len(stages) == 1 else run.work / f"stage-{number}"
         if len(stages) > 1:
-            say(f"stage {number} of {len(stages)}: {stage.method}, losses {', '.join(stage.terms)}")
+            parts = f", widths {stage.widths}, depths {stage.depths}" if stage.elastic else ""
+            say(f"stage {number} of {len(stages)}: {stage.method}, losses {', '.join(stage.terms)}{parts}")
+        # Of an elastic student's later parts the teacher is what the first one made.
+        guide = copy.deepcopy(student) if stage.elastic and number > 1 else teacher
+
+        def dev_score(model: Any, stage: Recipe = stage) -> Any:
+            return mean_score(task, model, subset, stage) if stage.elastic else task.score(model, subset).score
+
         trainer.train(
             trainer.DistillationTrainer(
-                model=student, teacher=teacher, objective=objective,
+                model=student, teacher=guide, objective=objective,
                 args=trainer.training_arguments(stage, folder, len(rows), device), train_dataset=rows,
                 data_collator=collator,
-                dev_score=(lambda model: task.score(model, subset).score) if chooses else None,
+                dev_score=dev_score if chooses else None,
             )
         )  # fmt: skip
     state.wait_for_everyone()
@@ -220,14 +249,14 @@ def _trains_outputs(stage: Recipe) -> bool:
     return bool({"task", "logits"} & stage.terms.keys()) or stage.task in ("seq2seq", "sentences")
 
 
-def _pack(student: Any, tokenizer: Any, recipe: Recipe, run: Run) -> Path:
+def pack(student: Any, tokenizer: Any, recipe: Recipe, staged: Path) -> Path:
+    """Write a trained student as a new folder, with its recipe: packed, or as it is with bits 32-32-32."""
     import torch
 
     from dqbart.packed.checkpoint import round_floats_, save_packed
     from dqbart.packed.plain import save_plain
 
     student.eval().requires_grad_(False)
-    staged = run.work / "packed"
     if staged.exists():
         shutil.rmtree(staged)
     if not recipe.bits.quantized:
@@ -258,30 +287,36 @@ def _scores(teacher: Any, task: Any, staged: Path, dev: Any, recipe: Recipe) -> 
     return scores
 
 
+def sizes(staged: Path, teacher_bytes: int) -> dict[str, Any]:
+    """For report.json: bytes of the weight files by what they hold, and how much smaller than the teacher that is."""
+    from dqbart.packed.checkpoint import size_table
+    from dqbart.packed.shards import shard_files
+
+    file_bytes = sum(file.stat().st_size for file in shard_files(staged))
+    return {
+        "groups": dict(size_table(staged)),
+        "file_bytes": file_bytes,
+        "ratio_to_fp32": round(teacher_bytes / file_bytes, 2),
+        "ratio_to_fp16": round(teacher_bytes / 2 / file_bytes, 2),
+    }
+
+
 def _report(
     teacher: Any, recipe: Recipe, maps: dict[str, list[int]], staged: Path, gate: dict[str, Any],
     seconds: dict[str, float],
 ) -> dict[str, Any]:  # fmt: skip
     from dqbart.evaluation.environment import environment
-    from dqbart.packed.checkpoint import size_table
-    from dqbart.packed.shards import shard_files
 
     parameters = sum(p.numel() for p in teacher.parameters())
     teacher_bytes = sum(
         t.numel() * 4 for n, t in teacher.state_dict().items() if n not in teacher.all_tied_weights_keys
     )
-    file_bytes = sum(file.stat().st_size for file in shard_files(staged))
     return {
         "recipe": recipe.to_dict(),
         "stages": len(recipe.stages()),
         "layer_maps": maps,
         "teacher": {"architecture": type(teacher).__name__, "parameters": parameters, "fp32_bytes": teacher_bytes},
-        "sizes": {
-            "groups": dict(size_table(staged)),
-            "file_bytes": file_bytes,
-            "ratio_to_fp32": round(teacher_bytes / file_bytes, 2),
-            "ratio_to_fp16": round(teacher_bytes / 2 / file_bytes, 2),
-        },
+        "sizes": sizes(staged, teacher_bytes),
         "gate": gate,
         "seconds": seconds,
         "environment": environment(),

@@ -16,7 +16,16 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from dqbart.methods import BOTH, METHODS, OF_ENCODER_DECODERS, OF_ENCODERS, PAPER_LOSSES, LossWeights, number
+from dqbart.methods import (
+    BOTH,
+    DEPTH_LOSSES,
+    METHODS,
+    OF_ENCODER_DECODERS,
+    OF_ENCODERS,
+    PAPER_LOSSES,
+    LossWeights,
+    number,
+)
 
 __all__ = ["Bits", "Layers", "LossWeights", "PAPER_LOSSES", "PRESETS", "Recipe", "read_yaml"]
 
@@ -131,6 +140,10 @@ class Recipe:
     embedding_size: int | None = None  # of ALBERT's factorized embedding; None: 128
     sharing: Literal["all", "attention", "ffn", "none"] = "all"  # what ALBERT's layers share
 
+    # DynaBERT: the shares of heads and neurons, and of layers, that parts of it have; the whole is one of them
+    widths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    depths: tuple[float, ...] = (0.5, 0.75, 1.0)
+
     # What it learns from; None: as the method has it (dqbart/methods.py)
     task: str | None = None  # None: as the teacher's architecture says
     method: str = "dq"
@@ -144,6 +157,7 @@ class Recipe:
     # How long and how fast it learns
     epochs: float = 3.0  # 0: quantize without training
     prediction_epochs: float = 3.0  # of a method's second part, where it has one
+    label_epochs: float = 0.0  # of DynaBERT's third part, on labels alone
     max_steps: int = 0  # above 0 it wins over epochs
     learning_rate: float | None = None  # None: by bits and width, see resolve()
     batch_size: int = 32
@@ -184,6 +198,8 @@ class Recipe:
             if isinstance(getattr(self, name), str | int):
                 object.__setattr__(self, name, kind(str(getattr(self, name))))
         self._fill_from_method()
+        for name in ("widths", "depths"):
+            object.__setattr__(self, name, _shares(name, getattr(self, name)))
         skip = (self.skip,) if isinstance(self.skip, str) else self.skip
         if not isinstance(skip, list | tuple) or not all(isinstance(pattern, str) for pattern in skip):
             raise ValueError(f"skip {self.skip!r}: expected a list of module name patterns")
@@ -227,9 +243,9 @@ class Recipe:
         if isinstance(self.layer_map, tuple) and not all(type(layer) is int for layer in self.layer_map):
             raise ValueError(f"layer_map {list(self.layer_map)!r}: expected teacher layers, counted from 0")
         at_least = {
-            "epochs": 0, "prediction_epochs": 0, "max_steps": 0, "weight_decay": 0, "max_grad_norm": 0,
-            "evaluations": 0, "batch_size": 1, "gradient_accumulation": 1, "dev_subset": 1, "eval_batch_size": 1,
-            "max_source_length": 2, "max_target_length": 2,
+            "epochs": 0, "prediction_epochs": 0, "label_epochs": 0, "max_steps": 0, "weight_decay": 0,
+            "max_grad_norm": 0, "evaluations": 0, "batch_size": 1, "gradient_accumulation": 1, "dev_subset": 1,
+            "eval_batch_size": 1, "max_source_length": 2, "max_target_length": 2,
         }  # fmt: skip
         for name, low in at_least.items():
             if not getattr(self, name) >= low:
@@ -286,7 +302,8 @@ class Recipe:
         values = dataclasses.asdict(self)
         values["bits"] = self.bits.text
         values["layers"] = self.layers.text if self.layers else None
-        values["skip"] = list(self.skip)
+        for name in ("skip", "widths", "depths"):
+            values[name] = list(getattr(self, name))
         if isinstance(self.layer_map, tuple):
             values["layer_map"] = list(self.layer_map)
         return values
@@ -305,6 +322,11 @@ class Recipe:
         return self.losses.used()
 
     @property
+    def elastic(self) -> bool:
+        """Whether parts of the student, of `widths` and `depths`, are to be models, too."""
+        return METHODS[self.method].elastic
+
+    @property
     def is_narrow(self) -> bool:
         """Whether the student's shape is asked to be another than the teacher's, in more than its depth."""
         return any(getattr(self, name) is not None for name in ("family", *SHAPE))
@@ -320,6 +342,8 @@ class Recipe:
         """
         task = self.task or task or ("seq2seq" if config.is_encoder_decoder else "text")
         self._check_family(config, task)
+        if self.elastic:
+            self._check_elastic(config, task, student)
         positions = config.max_position_embeddings
         if config.model_type in ("roberta", "xlm-roberta"):
             positions -= config.pad_token_id + 1  # theirs begin after the padding token's
@@ -366,8 +390,40 @@ class Recipe:
                 f"{narrow[0]} {getattr(self, narrow[0])!r}: only encoders' students have a shape of their own"
             )
 
+    def _check_elastic(self, config: Any, task: str, student: Any) -> None:
+        if task in ("sentences", "s2s"):
+            fit = [name for name in METRICS if name not in ("seq2seq", "sentences", "s2s")]
+            raise ValueError(
+                f"task {task!r} with method {self.method!r}: it compares what heads say; expected one of "
+                f"{', '.join(fit)}"
+            )
+        given = {name: getattr(self, name) for name in ("family", *SHAPE)}
+        given |= {
+            "student": None if student is None else student.model_type,
+            "layers": None if self.layers == _layers_of(config) else self.layers,
+            "layer_map": list(self.layer_map) if isinstance(self.layer_map, tuple) else None,
+        }
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} {value}: method {self.method!r} trains all of its teacher, and parts are cut from that; "
+                    f"leave {name} out"
+                )
+
     def stages(self) -> list["Recipe"]:
-        """What is trained one after the other: the recipe, and the second part of its method on a task."""
+        """What is trained one after the other: the recipe, and the second part of its method on a task. DynaBERT:
+        all widths, then all depths of them, then labels.
+        """
+        if self.elastic:
+            stages = [dataclasses.replace(self, depths=(1.0,))]
+            if self.depths != (1.0,) and self.prediction_epochs:
+                stages.append(
+                    dataclasses.replace(self, losses=DEPTH_LOSSES, epochs=self.prediction_epochs, max_steps=0)
+                )
+            if self.label_epochs:
+                labels: dict[str, Any] = dict(losses=METHODS["finetune"].losses, epochs=self.label_epochs, max_steps=0)
+                stages.append(dataclasses.replace(stages[-1], **labels))
+            return stages
         then = METHODS[self.method].then
         if then is None or self.task in ("text", "sentences") or not self.prediction_epochs:
             return [self]
@@ -390,6 +446,16 @@ def stack_words(maps: dict[str, list[int]]) -> str:
 def _layers_of(config: Any) -> Layers:
     decoder = f"-{config.decoder_layers}" if config.is_encoder_decoder else ""
     return Layers(f"{config.num_hidden_layers if not decoder else config.encoder_layers}{decoder}")
+
+
+def _shares(name: str, given: Any) -> tuple[float, ...]:
+    shares = [number(name, share) for share in given] if isinstance(given, list | tuple) else [given]
+    right = all(type(share) in (int, float) and 0 < share <= 1 for share in shares)
+    if not right or not isinstance(given, list | tuple) or 1 not in shares or len({*shares}) < len(shares):
+        raise ValueError(
+            f"{name} {given!r}: expected a list of shares above 0 to 1, each once; 1, the whole network, is one of them"
+        )
+    return tuple(map(float, shares))
 
 
 _HINTS = get_type_hints(Recipe)

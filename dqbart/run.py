@@ -60,7 +60,8 @@ class Run:
         if self.output.exists():
             self.output.rmdir()  # empty, or `open` would have refused
         os.replace(staged, self.output)
-        shutil.rmtree(self.work / "checkpoints", ignore_errors=True)
+        for checkpoints in (self.work / "checkpoints", *self.work.glob("stage-*/checkpoints")):
+            shutil.rmtree(checkpoints, ignore_errors=True)
         if [file.name for file in self.work.iterdir()] == ["run.json"]:
             shutil.rmtree(self.work)
 
@@ -98,6 +99,8 @@ def _difference(before: Any, now: dict[str, Any]) -> str:
         return "exists and was not written by a finished dqbart run"
     if before == now:
         return ""
+    if before.get("subnetwork"):
+        return "a sub-network that was extracted from another folder"
     keys = [k for k in now["recipe"] if before.get("recipe", {}).get(k) != now["recipe"][k]]
     if keys:
         key = keys[0]

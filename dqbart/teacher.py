@@ -8,6 +8,7 @@ from typing import Any
 
 from dqbart.packed.sentence import sentence_folder
 from dqbart.quant.layers import SUPPORTED
+from dqbart.quant.narrow import FIELD
 from dqbart.quant.sharing import share_again
 from dqbart.recipe import Recipe
 
@@ -117,6 +118,11 @@ def _check_config(config: Any, name: str, role: str = "teacher") -> None:
     if model_type not in SUPPORTED:
         raise ValueError(
             f"{role} {name!r}: architecture {model_type!r} is not supported; expected {' or '.join(SUPPORTED)}"
+        )
+    if getattr(config, FIELD, None) is not None:
+        raise ValueError(
+            f"{role} {name!r}: a sub-network, {getattr(config, FIELD)} of {config.num_attention_heads} heads; give the "
+            "whole network, or make that with other --bits and extract this one from it"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{role} {name!r} is quantized already; give the full-precision checkpoint")

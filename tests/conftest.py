@@ -15,7 +15,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, as transformers may
 
-from tiny_models import tiny_seq2seq  # noqa: E402
+from tiny_models import tiny_encoder, tiny_seq2seq  # noqa: E402
 
 
 def patch_the_language_once_a_launch() -> None:
@@ -113,3 +113,65 @@ def bart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 def folder(bart: tuple[Any, Path], tmp_path: Path) -> Path:
     """A fresh copy of the packed BART, to be damaged."""
     return Path(shutil.copytree(bart[1], tmp_path / "small"))
+
+
+# Encoders, with data for them
+
+FEW = dict(max_steps=4, batch_size=8, evaluations=2, dev_subset=8, max_source_length=32)
+
+
+def bert_tokenizer() -> Any:
+    """One token per word, `[CLS] ... [SEP]` around, with a mask."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*special, *WORDS, "."])}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 0), ("[SEP]", 2)]
+    )
+    names = dict(cls_token="[CLS]", pad_token="[PAD]", sep_token="[SEP]", unk_token="[UNK]", mask_token="[MASK]")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, model_max_length=64, **names,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a BERT for masked words."""
+    folder = tmp_path_factory.mktemp("bert")
+    tiny_encoder("bert").save_pretrained(folder)
+    bert_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts that mention a dog or a cat, and say so."""
+    rows = [{"sentence": text, "label": "dog" if "dog" in text else "other"} for text in sentences(300, seed=1)]
+    return write(tmp_path_factory.mktemp("data") / "labelled.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def classifier(bert: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `finetune` makes of the BERT: the teacher of other tests."""
+    import dqbart
+
+    recipe = dqbart.Recipe(
+        bits="32-32-32",
+        method="finetune",
+        task="classification",
+        learning_rate=1e-3,
+        **FEW | dict(max_steps=150, batch_size=16, dev_subset=30),
+    )  # type: ignore[arg-type]
+    folder = tmp_path_factory.mktemp("out") / "classifier"
+    result = dqbart.compress(bert, labelled, recipe=recipe, output=folder)
+    assert "teacher" not in result.report["scores"] and "this model |" in (folder / "README.md").read_text()
+    return folder

@@ -7,14 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, sentences
+from conftest import FEW, bert_tokenizer, sentences, write
 from tiny_models import tiny_encoder
-from transformers import (
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import dqbart
 from dqbart.cli import main
@@ -22,62 +17,6 @@ from dqbart.data.files import load_rows
 from dqbart.packed.plain import is_plain
 from dqbart.packed.sentence import Pooling, write_pooling
 from dqbart.tasks.run import evaluate
-
-FEW = dict(max_steps=4, batch_size=8, evaluations=2, dev_subset=8, max_source_length=32)
-
-
-def bert_tokenizer() -> Any:
-    """One token per word, `[CLS] ... [SEP]` around, with a mask."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    special = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*special, *WORDS, "."])}, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 0), ("[SEP]", 2)]
-    )
-    names = dict(cls_token="[CLS]", pad_token="[PAD]", sep_token="[SEP]", unk_token="[UNK]", mask_token="[MASK]")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, model_max_length=64, **names,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a BERT for masked words."""
-    folder = tmp_path_factory.mktemp("bert")
-    tiny_encoder("bert").save_pretrained(folder)
-    bert_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts that mention a dog or a cat, and say so."""
-    rows = [{"sentence": text, "label": "dog" if "dog" in text else "other"} for text in sentences(300, seed=1)]
-    return write(tmp_path_factory.mktemp("data") / "labelled.jsonl", rows)
-
-
-@pytest.fixture(scope="module")
-def classifier(bert: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `finetune` makes of the BERT: the teacher of other tests."""
-    recipe = dqbart.Recipe(
-        bits="32-32-32",
-        method="finetune",
-        task="classification",
-        learning_rate=1e-3,
-        **FEW | dict(max_steps=150, batch_size=16, dev_subset=30),
-    )  # type: ignore[arg-type]
-    folder = tmp_path_factory.mktemp("out") / "classifier"
-    result = dqbart.compress(bert, labelled, recipe=recipe, output=folder)
-    assert "teacher" not in result.report["scores"] and "this model |" in (folder / "README.md").read_text()
-    return folder
 
 
 def test_finetuning_leaves_a_plain_checkpoint_that_knows_its_classes(classifier: Path, labelled: Path) -> None:

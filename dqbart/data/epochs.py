@@ -14,8 +14,7 @@ import numpy as np
 class EpochItems:
     """Wraps a map-style data set; subclasses draw in `__getitem__` from `generator(index)`.
 
-    Transformers' Trainer calls `set_epoch`, through accelerate. The epoch lies in shared memory, so that workers that
-    outlive an epoch see it too.
+    The trainer calls `set_epoch`. The epoch lies in shared memory, so that workers that outlive an epoch see it too.
     """
 
     stream: ClassVar[int] = 0  # data sets that wrap each other must not draw the same numbers

@@ -20,9 +20,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dqbart.data.batches import model_inputs
 from dqbart.distill import losses
 from dqbart.distill.capture import autocast
-from dqbart.student.width import Shared
+from dqbart.methods import DEPTH_LOSSES, METHODS
+from dqbart.recipe import Recipe
+from dqbart.student.maps import kept_layers
+from dqbart.student.width import Shared, width_sizes
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 TERMS = ("task", "logits", "hidden")
@@ -51,8 +55,8 @@ class Stage:
 
 
 STAGES = {
-    "width": Stage(weights={"logits": 1.0, "hidden": 0.1}),
-    "depth": Stage(weights={"logits": 1.0, "hidden": 1.0}, depths=(0.5, 0.75, 1.0), same_width=True),
+    "width": Stage(weights=METHODS["dynabert"].losses.used()),
+    "depth": Stage(weights=DEPTH_LOSSES.used(), depths=(0.5, 0.75, 1.0), same_width=True),
     "labels": Stage(weights={"task": 1.0}, depths=(0.5, 0.75, 1.0)),
 }
 
@@ -68,6 +72,38 @@ class ElasticObjective:
         self.weights = {name: weight for name, weight in self.stage.weights.items() if weight}
         self.needs_teacher = set(self.weights) != {"task"}
         self._made: dict[tuple[int, float, float], Shared] = {}
+
+    @classmethod
+    def of(cls, recipe: Recipe, student: Any, teacher: Any) -> "ElasticObjective":
+        """The objective of one of a resolved recipe's stages; the one that has depths is held to the student as the
+        stage before it left it. Raises `ValueError` for what the method doesn't know, and as `width_sizes` and
+        `kept_layers` do.
+        """
+        for name in recipe.terms:
+            if name not in TERMS:
+                raise ValueError(f"losses.{name}: method {recipe.method!r} has {', '.join(TERMS)}")
+        for name, known in (("temperature", 1), ("logits_loss", "kl"), ("label_smoothing", 0)):
+            if getattr(recipe, name) != known:
+                raise ValueError(
+                    f"{name} {getattr(recipe, name)!r}: method {recipe.method!r} has {known!r} alone; leave it out"
+                )
+        if teacher.config.problem_type == "multi_label_classification":
+            raise ValueError("problem_type 'multi_label_classification': expected one label, or a regression")
+        for width in recipe.widths:
+            width_sizes(student.config, width)
+        for depth in recipe.depths:
+            kept_layers(student.config.num_hidden_layers, depth)
+        stage = Stage(
+            weights=recipe.terms, widths=recipe.widths, depths=recipe.depths, same_width=recipe.depths != (1.0,)
+        )
+        return cls(stage, bf16=recipe.bf16)
+
+    def begin(self, student: Any) -> None:
+        """Nothing is put into a student."""
+
+    def finish(self, student: Any) -> None:
+        """Let go of the models."""
+        self._made.clear()
 
     def __call__(
         self, student: Any, teacher: Any, batch: dict[str, Tensor], bare_student: Any = None
@@ -94,7 +130,7 @@ class ElasticObjective:
         self, student: Any, teacher: Any, batch: dict[str, Tensor], terms: dict[str, Tensor], outputs: list[Any]
     ) -> Iterator[Tensor]:
         """Each sub-network's loss, smallest first; `terms` and `outputs` are filled on the way."""
-        inputs = {name: batch[name] for name in _INPUTS if name in batch}
+        inputs = model_inputs(student, {name: batch[name] for name in _INPUTS if name in batch})
         labels = {name: batch[name] for name in _LABELS if name in batch} if "task" in self.weights else {}
         hidden, device = "hidden" in self.weights, batch["input_ids"].device
         teacher_output: Any = None

@@ -188,8 +188,11 @@ def open_objective(recipe: Recipe, maps: dict[str, list[int]], student: Any, tea
     """
     if student.config.is_encoder_decoder:
         return Objective(recipe, maps)
+    from dqbart.distill.elastic import ElasticObjective
     from dqbart.distill.encoder_objective import EncoderObjective
 
+    if recipe.elastic:
+        return ElasticObjective.of(recipe, student, teacher)
     (layer_map,) = maps.values()
     return EncoderObjective(recipe, layer_map, student, teacher, pooling)
 

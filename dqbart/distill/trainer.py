@@ -171,7 +171,10 @@ class Progress(TrainerCallback):
             self.trainer._forget_after(state.global_step)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.order.manual_seed(args.seed + int(state.epoch or 0))
+        epoch = int(state.epoch or 0)
+        self.trainer.order.manual_seed(args.seed + epoch)
+        if hasattr(self.trainer.train_dataset, "set_epoch"):  # accelerate leaves that to the sampler, if that has it
+            self.trainer.train_dataset.set_epoch(epoch)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" not in logs or not state.is_world_process_zero:
@@ -241,6 +244,20 @@ def train(trainer: DistillationTrainer) -> None:
     """
     checkpoints = Path(trainer.args.output_dir)
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if last is not None and int(last.rpartition("-")[2]) >= trainer.args.max_steps:
+        load_weights(trainer.model, Path(last))  # done before; Trainer would do one more step
+    else:
+        _train(trainer, last)
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    for name in ("forward", "_original_forward"):  # accelerate's autocast, if bf16: packing compares with fp32
+        vars(student).pop(name, None)
+    best = trainer.folder / "best"
+    if best.is_dir():
+        load_weights(student, best)
+    trainer.objective.finish(student)
+
+
+def _train(trainer: DistillationTrainer, last: str | None) -> None:
     if last is not None:
         print(f"resuming from {last}", file=sys.stderr, flush=True)
     stop = StopOnSignal(trainer)
@@ -249,13 +266,6 @@ def train(trainer: DistillationTrainer) -> None:
         trainer.train(resume_from_checkpoint=last)
     if stop.stopped:
         raise KeyboardInterrupt
-    student = trainer.accelerator.unwrap_model(trainer.model)
-    for name in ("forward", "_original_forward"):  # accelerate's autocast, if bf16: packing compares with fp32
-        vars(student).pop(name, None)
-    best = trainer.folder / "best"
-    if best.is_dir():
-        load_weights(student, best)
-    trainer.objective.finish(student)
 
 
 def load_weights(model: Any, folder: Path) -> None:

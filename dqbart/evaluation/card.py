@@ -45,12 +45,13 @@ def write(folder: Path, report: dict[str, Any], base_model: str | None, called: 
     link = f"[{on_hub}](https://huggingface.co/{on_hub})" if on_hub else f"`{name}`"
     parts = [
         f"---\n{metadata(report, on_hub, called)}\n---",
-        f"# {name}, {report['recipe']['bits']} bits, {report['recipe']['layers']} layers",
+        f"# {name}, {report['recipe']['bits']} bits, {report['recipe']['layers']} layers{_width_words(report)}",
         f"{link} compressed with dqbart: distillation-aware quantization (DQ-BART, arXiv 2203.11239). Bits are "
         f"weights-embeddings-activations{_layers_words(report)}; 2 bits are ternary.",
         "```python\n" + snippet(report, called) + "\n```",
         "## Size\n\n" + _sizes(report),
         "## Scores\n\n" + _scores(report),
+        *(["## Sub-networks\n\n" + _subnetworks(report, called)] if "subnetworks" in report else []),
         "## Speed\n\n" + _speed(report),
         "## How it was made\n\n" + _recipe(report),
         "## Limits\n\n" + _limits(report),
@@ -129,6 +130,11 @@ def _layers_words(report: dict[str, Any]) -> str:
     return ", layers encoder-decoder" if "-" in str(report["recipe"]["layers"]) else ""
 
 
+def _width_words(report: dict[str, Any]) -> str:
+    part = report.get("subnetwork")
+    return f", {part['heads']} heads and {part['neurons']} neurons each" if part else ""
+
+
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
@@ -170,6 +176,31 @@ def _scores(report: dict[str, Any]) -> str:
     )
 
 
+def _subnetworks(report: dict[str, Any], called: str) -> str:
+    rows = report["subnetworks"]
+    found = {(row["width"], row["depth"]): row for row in rows}
+    widths, depths = (list(dict.fromkeys(row[key] for row in rows)) for key in ("width", "depth"))
+    name = next(iter(rows[0]["score"]["values"]))
+    table = [
+        [f"depth {depth:g}", *(
+            f"{row['score']['values'][name]:.2f}, {row['parameters'] / 1e6:.1f} M"
+            for row in (found[width, depth] for width in widths)
+        )]
+        for depth in depths
+    ]  # fmt: skip
+    header = [f"{NAMES.get(name, name)}, parameters", *(f"width {width:g}" for width in widths)]
+    return (
+        f"Parts of it are models, too: shares of its heads and neurons, and of its layers. `dqbart extract {called} "
+        f"--width {widths[-1]:g} --depth {depths[-1]:g} --out part/` makes a folder of one"
+        + (", cut from the float network in `elastic/`, for which alone that is there" if _quantized(report) else "")
+        + f".\n\n{_table(header, table)}"
+    )
+
+
+def _quantized(report: dict[str, Any]) -> bool:
+    return bool(report["recipe"]["bits"] != "32-32-32")
+
+
 def _speed(report: dict[str, Any]) -> str:
     """A table of report.json's `speed`: `rows` as in benchmarks/latency.py, `environment` of the machine."""
     speed = report.get("speed")
@@ -201,7 +232,7 @@ def _recipe(report: dict[str, Any]) -> str:
     if "training" in report["seconds"]:
         length = f"{recipe['max_steps']} steps" if recipe["max_steps"] else f"{recipe['epochs']:g} epochs"
         losses = ", ".join(f"{name} {weight:g}" for name, weight in recipe["losses"].items() if weight)
-        length += f", then {recipe['prediction_epochs']:g} epochs on predictions" if report.get("stages", 1) > 1 else ""
+        length += _more_stages(report)
         lines.append(
             f"Distilled for {length}, batch {recipe['batch_size']} x {recipe['gradient_accumulation']}, learning rate "
             f"{recipe['learning_rate']:g}, losses {losses}, seed {recipe['seed']}; "
@@ -222,6 +253,16 @@ def _recipe(report: dict[str, Any]) -> str:
         "all measurements are in `report.json`."
     )
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _more_stages(report: dict[str, Any]) -> str:
+    recipe, more = report["recipe"], report.get("stages", 1) - 1
+    if recipe["method"] != "dynabert":
+        return f", then {recipe['prediction_epochs']:g} epochs on predictions" if more else ""
+    parts = [f"{recipe['label_epochs']:g} epochs on labels"] if recipe["label_epochs"] else []
+    if more > len(parts):
+        parts.insert(0, f"{recipe['prediction_epochs']:g} epochs at all depths")
+    return ", then ".join([" at all widths", *parts])
 
 
 def _limits(report: dict[str, Any]) -> str:

@@ -83,7 +83,7 @@ def check_in_fresh_process(student: Any, folder: Path, inputs: dict[str, Tensor]
         words = "" if same_ids is None else f" greedy ids are {'equal' if same_ids else 'different'};"
         raise GateError(
             f"{folder}: packed logits differ from the student's by {difference:.2e} (allowed {LOGIT_TOLERANCE:.0e});"
-            f"{words} the folder is kept there, not moved into place"
+            f"{words} the folder is not moved into place"
         )
     return {"inputs": len(inputs["input_ids"]), "max_logit_difference": difference, "greedy_ids_equal": same_ids}
 

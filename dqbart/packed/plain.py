@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dqbart.quant.narrow import FIELD, narrow
 from dqbart.quant.sharing import share_again
 
 
@@ -37,11 +38,34 @@ def is_plain(folder: str | Path) -> bool:
 
 
 def load_plain(folder: str | Path, device: Any = None, dtype: torch.dtype = torch.float32) -> Any:
-    """The model of a plain folder, of the class that it names, in eval mode. Raises `ValueError` for no such class."""
+    """The model of a plain folder, of the class that it names, in eval mode; a sub-network, too, whose config
+    transformers' own `from_pretrained` can't follow (dqbart/quant/narrow.py).
+
+    Raises `FileNotFoundError` for no folder, `ValueError` for no such class and for tensors that don't fit.
+    """
     from dqbart.packed.verify import model_class
 
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_bytes())
-    model = model_class(folder, config).from_pretrained(str(folder), dtype=dtype, local_files_only=True).eval()
-    model = share_again(model)
+    cls = model_class(folder, config)
+    if config.get(FIELD) is None:
+        model = cls.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+    else:
+        model = _load_narrow(cls, folder).to(dtype)
+    model = share_again(model.eval())
     return model if device is None else model.to(device)
+
+
+def _load_narrow(cls: Any, folder: Path) -> Any:
+    from huggingface_hub import load_torch_model
+
+    model = cls(cls.config_class.from_pretrained(folder))
+    narrow(model)
+    try:
+        missing, unexpected = load_torch_model(model, folder, strict=False)
+    except RuntimeError as error:  # torch lists the shapes that don't fit, one a line
+        raise ValueError(f"{folder}: {' '.join(str(error).split())}") from None
+    if unexpected or set(missing) - set(model.all_tied_weights_keys):
+        raise ValueError(f"{folder}: tensors {sorted([*missing, *unexpected])[:3]} don't fit config.json")
+    model.tie_weights()
+    return model

@@ -8,8 +8,6 @@ into a model of its own. Rejected: setting a multiplier on every module, with li
 """
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +16,6 @@ from torch.func import functional_call
 
 from dqbart.quant.narrow import heads_of, layer_names, layers_of, narrow, set_heads
 from dqbart.student.maps import kept_layers
-
-__all__ = ["Shared", "load_subnetwork", "subnetwork", "width_sizes"]
 
 
 def width_sizes(config: Any, width: float) -> tuple[int, int]:
@@ -92,7 +88,8 @@ def subnetwork(model: Any, width: float = 1.0, depth: float = 1.0) -> Any:
     """An independent model of the same class: the first heads and neurons of the layers that the depth keeps.
 
     It gives to the bit what `Shared(model, width, depth)` gives. A fake-quantized model's sub-networks are
-    fake-quantized, ready for `dqbart.packed.checkpoint.save_packed`. Raises `ValueError` as `Shared` does.
+    fake-quantized, ready for `dqbart.packed.checkpoint.save_packed`; a float one's `save_pretrained` writes what
+    `dqbart.packed.plain.load_plain` reads. Raises `ValueError` as `Shared` does.
     """
     shared = Shared(model, width, depth)
     pieces, made = shared.tensors(), {}
@@ -105,34 +102,6 @@ def subnetwork(model: Any, width: float = 1.0, depth: float = 1.0) -> Any:
             made[id(tensor)] = nn.Parameter(own, place[leaf].requires_grad) if leaf in holder._parameters else own
         place[leaf] = made[id(tensor)]
     return shared.blank.train(model.training)
-
-
-def load_subnetwork(folder: str | Path) -> Any:
-    """A float sub-network that its `save_pretrained` wrote, which transformers' own `from_pretrained` refuses.
-
-    Raises `FileNotFoundError` or `ValueError` for a folder that holds none, or tensors that don't fit. (Packed ones
-    are loaded by `dqbart.load`.)
-    """
-    import transformers
-    from huggingface_hub import load_torch_model
-
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; expected a folder that a model's save_pretrained wrote")
-    names = json.loads(file.read_bytes()).get("architectures") or [None]
-    cls = getattr(transformers, str(names[0]), None)
-    if cls is None:
-        raise ValueError(f"{file}: architectures {names!r}: expected one model class of transformers")
-    model = cls(cls.config_class.from_pretrained(folder))
-    narrow(model)
-    try:
-        missing, unexpected = load_torch_model(model, folder, strict=False)
-    except RuntimeError as error:  # torch lists the shapes that don't fit, one a line
-        raise ValueError(f"{folder}: {' '.join(str(error).split())}") from None
-    if unexpected or set(missing) - set(model.all_tied_weights_keys):
-        raise ValueError(f"{folder}: tensors {sorted([*missing, *unexpected])[:3]} don't fit {file.name}")
-    model.tie_weights()
-    return model.eval()
 
 
 def _empty_like(tensor: Tensor) -> Tensor:

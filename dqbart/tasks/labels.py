@@ -30,7 +30,7 @@ class Labels(Task):
 
     def read(self, data: Any, dev_data: Any) -> tuple[Labelled | None, Labelled | None]:
         train, dev = super().read(data, dev_data)
-        if train is not None and train.labels is None and "task" in self.recipe.terms:
+        if train is not None and train.labels is None and any("task" in s.terms for s in self.recipe.stages()):
             raise ValueError(
                 f"data {data_name(data)!r}: no labels, which losses.task needs; give --target-column, or learn from "
                 "the teacher alone with --method prediction"

@@ -75,7 +75,8 @@ class PlainText(Task):
         )  # fmt: skip
 
     def _rate(self) -> float:
-        return self.recipe.mask_rate if "task" in self.recipe.terms else 0.0
+        masks = "task" in self.recipe.terms or self.recipe.elastic  # importance is measured on masked words
+        return self.recipe.mask_rate if masks else 0.0
 
     def _encode(self, texts: PlainTexts, progress: bool = True) -> EncodedBlocks:
         recipe = self.recipe
