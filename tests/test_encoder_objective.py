@@ -1,5 +1,9 @@
 """The methods' objectives on real small encoders: what is compared with what, masking, widths, gradients."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,11 +11,12 @@ import torch
 from tiny_models import ENCODERS, tiny_encoder, token_batch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
 from dqbart.distill import chunked, losses
 from dqbart.distill import encoder_objective as module
 from dqbart.distill.encoder_objective import EncoderObjective
+from dqbart.distill.trainer import training_arguments
 from dqbart.methods import METHODS, OF_ENCODERS, only
 from dqbart.quant.attention import use_attention
 from dqbart.quant.layers import prepare
@@ -275,3 +280,78 @@ def test_gradients_reach_every_layer_through_every_term() -> None:
         embedding = student.get_input_embeddings().weight.grad
         assert embedding is not None and embedding.abs().sum() > 0, name
         assert all(p.grad is None for p in teacher.parameters()), name
+
+
+@pytest.mark.parametrize("name", ["minilm2", "distilbert"])
+def test_logits_that_nothing_looks_at_are_not_made(name: str) -> None:
+    """Of a batch of 32 x 128 tokens and 30,522 words they would be half a gigabyte, for each model."""
+    student, teacher, objective = pair(Recipe(task="text", method=name))
+    made = []
+    for model in (student, teacher):
+        model.get_output_embeddings().register_forward_hook(lambda head, inputs, out: made.append(out[..., 0].numel()))
+    objective(student, teacher, masked([9, 6]))
+    assert max(made) <= (0 if name == "minilm2" else 15)
+
+
+# Two processes: distributed training waits for the gradient of whatever went into an output.
+
+CASES: dict[str, dict[str, Any]] = {
+    "relations": dict(recipe=dict(task="text", method="minilm2")),
+    "v1": dict(recipe=dict(task="text", method="minilm")),
+    "pooler": dict(recipe=dict(task="text", method="minilm2"), base=True),
+    "projection": dict(
+        recipe=dict(task="text", method="tinybert"), layers=1, hidden_size=16, heads=4, intermediate_size=32
+    ),
+    "words": dict(recipe=dict(task="text", method="distilbert")),
+}
+WORKER = """
+import sys
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from test_encoder_objective import CASES, case, masked, unused
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
+for name in CASES:
+    student, teacher, objective = case(name)
+    wrapped = DistributedDataParallel(student, find_unused_parameters=unused(objective.recipe))
+    for step in range(2):
+        batch = masked([9, 5], seed=2 * step + rank)
+        objective(wrapped, teacher, batch, student)[0].backward()
+    torch.save({n: p.grad for n, p in student.named_parameters()}, f"{sys.argv[1]}/{name}-{rank}.pt")
+distributed.destroy_process_group()
+"""
+
+
+def case(name: str) -> tuple[Any, Any, EncoderObjective]:
+    settings = dict(CASES[name])
+    teacher = tiny_encoder("bert")
+    if settings.pop("base", False):
+        teacher = AutoModel.from_config(teacher.config).eval()
+    return pair(Recipe(**settings.pop("recipe")), teacher=teacher, **settings)
+
+
+def unused(recipe: Recipe) -> bool:
+    return bool(training_arguments(recipe, Path("nowhere"), 8, "cpu").ddp_find_unused_parameters)
+
+
+def test_two_processes_have_the_mean_gradient(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    root = Path(module.__file__).parents[2]
+    paths = os.pathsep.join(str(root / p) for p in ("", "kernels", "tests"))
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    for name in CASES:
+        student, teacher, objective = case(name)
+        for seed in range(4):
+            objective(student, teacher, masked([9, 5], seed=seed))[0].backward()
+        for rank in (0, 1):
+            found = torch.load(tmp_path / f"{name}-{rank}.pt")
+            for key, parameter in student.named_parameters():
+                mean = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / 2
+                other = torch.zeros_like(parameter) if found[key] is None else found[key]
+                assert torch.allclose(other, mean, rtol=1e-4, atol=1e-6), (name, key)

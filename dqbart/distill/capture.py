@@ -77,14 +77,17 @@ def forward_with_attention(
 
 @contextmanager
 def without_logits(model: Any, wanted: bool = True) -> Iterator[list[Tensor]]:
-    """During the block `model` makes empty logits [B, 0, V]; what its head would have taken is put into the list."""
+    """During the block `model` makes empty logits [B, 0, V], if it has a language head; what that would have taken is
+    put into the list.
+    """
     taken: list[Tensor] = []
 
     def take(head: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         taken.append(inputs[0])
         return (inputs[0][:, :0],)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(take) if wanted else None
+    head = model.get_output_embeddings() if wanted else None
+    hook = None if head is None else head.register_forward_pre_hook(take)
     try:
         yield taken
     finally:

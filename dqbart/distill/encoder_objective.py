@@ -100,19 +100,20 @@ class EncoderObjective:
             with (
                 torch.no_grad(),
                 autocast(self.recipe.bf16, batch["input_ids"].device),
-                without_logits(teacher, words and "logits" in self.weights) as their_words,
+                without_logits(teacher) as their_words,
             ):
                 theirs = self._forward(teacher, teacher, model_inputs(teacher, batch), their_taps)
         layers = range(len(self.layer_map))
         our_taps = _Taps({i: {*MAPS} for i in layers}, layers[-1], set(self.weights))
-        with without_logits(bare, words) as our_words:
+        with without_logits(bare) as our_words:
             ours = self._forward(student, bare, model_inputs(bare, batch), our_taps)
         terms = dict(self._terms(ours, theirs, our_taps, their_taps, batch))
         total = sum((self.weights[name] * term for name, term in terms.items()), torch.zeros(()))
         if words:
             more, said = self._word_terms(bare, teacher, our_words[0], their_words[0:1], batch)
             total, terms = total + more, said | terms
-        return total, terms, ours
+        # A wrapper for distributed training waits for gradients of all that went into the output.
+        return total + 0 * sum(x.sum() for x in ours.values() if isinstance(x, Tensor)), terms, ours
 
     def _word_terms(
         self, student: Any, teacher: Any, ours_BLD: Tensor, theirs: list[Tensor], batch: dict[str, Tensor]
