@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 
 import dqbart
 from dqbart.data.batches import set_languages
-from dqbart.data.columns import hold_out
+from dqbart.data.columns import sample
 from dqbart.data.files import load_rows
 from dqbart.data.splits import read_split
 from dqbart.evaluation import metrics
@@ -107,8 +107,7 @@ def _score(model: Any, tokenizer: Any, cell: Row, recipe: Recipe, folder: Path) 
     examples = read_split(cell["data"], recipe, "test")
     if examples.targets is None:
         raise ValueError(f"data {cell['data']!r}: its test split has no targets; a score needs them")
-    if cell["test_examples"] and cell["test_examples"] < len(examples):
-        examples = hold_out(examples, cell["test_examples"])[1]
+    examples = sample(examples, cell["test_examples"] or None)
     targets = examples.targets or []
     texts, settings = write_outputs(model, tokenizer, examples.sources, recipe.resolve(model.config))
     references: Any = examples.references or targets

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 import dqbart
 from dqbart.data.batches import Collator, encode_pairs
-from dqbart.data.columns import hold_out
+from dqbart.data.columns import sample
 from dqbart.data.splits import read_split
 
 
@@ -31,9 +31,7 @@ def read_batches(args: argparse.Namespace, batch_size: int) -> tuple[list[dict[s
     logging.disable_progress_bar()
     recipe = dqbart.Recipe.from_yaml(args.packed / "recipe.yaml")
     tokenizer = AutoTokenizer.from_pretrained(args.packed)
-    examples = read_split(args.data, recipe, args.split)
-    if len(examples) > args.inputs:
-        examples = hold_out(examples, args.inputs)[1]
+    examples = sample(read_split(args.data, recipe, args.split), args.inputs)
     rows = encode_pairs(
         tokenizer, examples.sources, max_source_length=recipe.max_source_length, source_prefix=recipe.source_prefix,
         source_lang=recipe.source_lang, target_lang=recipe.target_lang,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dqbart.data.columns import sample
 from dqbart.recipe import Recipe, stack_words
 from dqbart.run import Run, data_fingerprint, teacher_fingerprint
 
@@ -219,7 +220,7 @@ def _distil(
     say(f"training data: {rows}")
     subset = None
     if dev is not None and task.is_scored(dev):
-        subset = dev.select(range(min(stages[0][0].dev_subset, len(dev))))
+        subset = sample(dev, stages[0][0].dev_subset)
     for number, (stage, objective) in enumerate(stages, 1):
         chooses = subset is not None and _trains_outputs(stage)
         folder = run.work if len(stages) == 1 else run.work / f"stage-{number}"

@@ -270,3 +270,77 @@ def test_unlabelled_texts_teach_predictions(classifier: Path, tmp_path: Path) ->
     recipe = dqbart.Recipe(bits="8-8-8", method="prediction", **FEW)  # type: ignore[arg-type]
     result = dqbart.compress(classifier, data, recipe=recipe, output=tmp_path / "out")
     assert "scores" not in result.report and len(load_rows(data)) == result.report["data"]["train"]
+
+
+def test_a_student_with_a_head_of_its_own_says_what_the_teacher_says(
+    classifier: Path, labelled: Path, tmp_path: Path
+) -> None:
+    """Its classes in another order, or without names: the packed folder names them as the data does."""
+    model = AutoModelForSequenceClassification.from_pretrained(classifier)
+    recipe = dqbart.Recipe(bits="8-8-8", epochs=0)  # type: ignore[arg-type]
+    for name, swap in (("swapped", True), ("unnamed", False)):
+        names = {0: "other", 1: "dog"} if swap else {0: "LABEL_0", 1: "LABEL_1"}
+        model.config.id2label, model.config.label2id = names, {text: i for i, text in names.items()}
+        if swap:
+            for tensor in (model.classifier.weight, model.classifier.bias):
+                tensor.data = tensor.data.flip(0)
+        model.save_pretrained(tmp_path / name)
+        if swap:
+            for tensor in (model.classifier.weight, model.classifier.bias):
+                tensor.data = tensor.data.flip(0)
+        result = dqbart.compress(
+            classifier, dev_data=labelled, student=tmp_path / name, recipe=recipe, output=tmp_path / f"{name}-small"
+        )
+        assert result.report["scores"]["student"]["values"]["accuracy"] > 80
+        assert result.load().config.id2label == {0: "dog", 1: "other"}
+        assert evaluate(str(tmp_path / f"{name}-small"), labelled)[0].value > 80
+
+
+def test_heads_that_do_not_fit(classifier: Path, labelled: Path, tmp_path: Path, capsys: Any) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(classifier)
+    model.config.id2label, model.config.label2id = {0: "dog", 1: "cat"}, {"dog": 0, "cat": 1}
+    model.save_pretrained(tmp_path / "cats")
+    out = ("--data", labelled, "--out", tmp_path / "out")
+    said = refused(capsys, classifier, "--student", tmp_path / "cats", *out)
+    assert "BertForSequenceClassification has classes dog, cat; expected dog, other: give a checkpoint without" in said
+    model.config.problem_type = "multi_label_classification"
+    model.save_pretrained(tmp_path / "several")
+    AutoTokenizer.from_pretrained(classifier).save_pretrained(tmp_path / "several")
+    said = refused(capsys, tmp_path / "several", *out)
+    assert "problem_type 'multi_label_classification'; expected one label a text, or a number" in said
+    said = refused(capsys, classifier, "--task", "regression", *out)
+    assert "task 'regression': BertForSequenceClassification has 2 outputs; expected task 'classification'" in said
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
+
+
+@pytest.mark.parametrize("sharing", ["all", "attention"])
+def test_a_new_head_leaves_the_sharing(sharing: str, bert: Path, labelled: Path, tmp_path: Path) -> None:
+    """An ALBERT student made on plain text is still one once it has been fine-tuned."""
+    shape: dict[str, Any] = dict(family="albert", sharing=sharing, embedding_size=16, layers="3")
+    dqbart.compress(bert, recipe=dqbart.Recipe(bits="32-32-32", epochs=0, **shape), output=tmp_path / "general")  # type: ignore[arg-type]
+    recipe = dqbart.Recipe(bits="8-8-8", method="finetune", task="classification", **FEW)  # type: ignore[arg-type]
+    model = dqbart.compress(tmp_path / "general", labelled, recipe=recipe, output=tmp_path / "tuned").load(engine="torch")
+    assert model.config.dqbart_sharing == sharing
+    groups = model.albert.encoder.albert_layer_groups
+    assert len(groups) == 1 or groups[0].albert_layers[0].attention is groups[2].albert_layers[0].attention
+
+
+def test_the_dev_subset_is_no_beginning_of_a_file(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a file that is sorted by class the first rows are all of one."""
+    from dqbart.tasks import labels
+
+    rows = [{"sentence": text, "label": "ab"[i >= 100]} for i, text in enumerate(sentences(200, seed=12))]
+    seen: list[set[int]] = []
+    score = labels.Labels.score
+
+    def watched(self: Any, model: Any, examples: Any, **more: Any) -> Any:
+        if len(examples) <= 40:
+            seen.append(set(examples.labels))
+        return score(self, model, examples, **more)
+
+    monkeypatch.setattr(labels.Labels, "score", watched)
+    dev = write(tmp_path / "dev.jsonl", rows)
+    settings = FEW | dict(dev_subset=20)
+    recipe = dqbart.Recipe(bits="32-32-32", method="finetune", task="classification", **settings)  # type: ignore[arg-type]
+    dqbart.compress(bert, dev, dev_data=dev, recipe=recipe, output=tmp_path / "out", device="cpu")
+    assert seen and all(labels == {0, 1} for labels in seen)

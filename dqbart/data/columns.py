@@ -174,9 +174,30 @@ def hold_out(examples: S, count: int) -> tuple[S, S]:
     """Split off at least `count` examples: (rest, held out), both in file order.
 
     Examples go by the hash of their source, so equal sources stay together, no seed is needed, and
-    adding rows to a file moves few examples across. Also the way to take a fixed sample of a set.
-    Raises `ValueError` where nothing would be left on one side.
+    adding rows to a file moves few examples across. Raises `ValueError` where nothing would be left on one side.
     """
+    held = _by_hash(examples, count)
+    if not 0 < len(held) < len(examples):
+        raise ValueError(
+            f"can't hold out {count} of {len(examples)} examples ({len({*examples.sources})} different sources);"
+            " expected at least one on each side"
+        )
+    rest = sorted(set(range(len(examples))).difference(held))
+    return examples.select(rest), examples.select(held)
+
+
+def sample(examples: S, count: int | None) -> S:
+    """The examples that `hold_out` would take, in file order; all where there are no more, or `count` is None.
+
+    The first rows of a file are no sample of a set that is sorted by class, length or document. Raises `ValueError`
+    for a count below 1.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"a sample of {count} examples: expected at least 1")
+    return examples if count is None or count >= len(examples) else examples.select(_by_hash(examples, count))
+
+
+def _by_hash(examples: Splittable, count: int) -> list[int]:
     by_hash: dict[bytes, list[int]] = {}
     for index, source in enumerate(examples.sources):
         by_hash.setdefault(hashlib.sha256(source.encode()).digest(), []).append(index)
@@ -185,13 +206,7 @@ def hold_out(examples: S, count: int) -> tuple[S, S]:
         if len(held) >= count:
             break
         held += by_hash[key]
-    if not 0 < len(held) < len(examples):
-        raise ValueError(
-            f"can't hold out {count} of {len(examples)} examples ({len(by_hash)} different sources);"
-            " expected at least one on each side"
-        )
-    rest = sorted(set(range(len(examples))).difference(held))
-    return examples.select(rest), examples.select(sorted(held))
+    return sorted(held)
 
 
 def check_column(name: str, flag: str, kinds: Collection[str]) -> None:

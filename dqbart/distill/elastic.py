@@ -87,8 +87,6 @@ class ElasticObjective:
                 raise ValueError(
                     f"{name} {getattr(recipe, name)!r}: method {recipe.method!r} has {known!r} alone; leave it out"
                 )
-        if teacher.config.problem_type == "multi_label_classification":
-            raise ValueError("problem_type 'multi_label_classification': expected one label, or a regression")
         for width in recipe.widths:
             width_sizes(student.config, width)
         for depth in recipe.depths:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dqbart.data.batches import Collator, encode_pairs, progress_bar
-from dqbart.data.columns import Examples, hold_out
+from dqbart.data.columns import Examples, sample
 from dqbart.evaluation.generate import write_outputs
 from dqbart.evaluation.metrics import score
 from dqbart.quant.attention import use_attention
@@ -81,7 +81,7 @@ def sensitivity(
     if examples.targets is None:
         raise ValueError("examples have no targets, and a loss needs them: give data with a target column")
     recipe = recipe.resolve(teacher.config)
-    examples = hold_out(examples, limit)[1] if limit < len(examples) else examples
+    examples = sample(examples, limit)
     switch = Switch(teacher, recipe, per)
     forced = _forced(switch, tokenizer, examples, recipe)
     scores: dict[str, float | None] = dict.fromkeys(forced)

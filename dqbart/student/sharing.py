@@ -85,7 +85,7 @@ def albert_config(
 
 
 def shared_model(cls: Any, config: Any) -> Any:
-    """A random model of an ALBERT class whose layers share what `config.dqbart_sharing` says.
+    """A random model of a class; an ALBERT's layers share what `config.dqbart_sharing` says.
 
     Its `save_pretrained` writes a copy for each layer, so that transformers alone can read it; `save_packed` writes
     what is shared once. Raises `ValueError` for a sharing that doesn't fit the config.

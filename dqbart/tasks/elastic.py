@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dqbart.data.batches import LABELS, model_inputs
-from dqbart.data.columns import hold_out
+from dqbart.data.columns import sample
 from dqbart.evaluation.metrics import Score
 from dqbart.recipe import Recipe
 from dqbart.student.importance import importance, rewire
@@ -34,7 +34,7 @@ def importance_examples(task: Task, train: Any, dev: Any) -> Any:
             f"method {task.recipe.method!r}: the importance of heads and neurons is measured on labels, and there are "
             "none; give --data or --dev-data with labels, and --target-column if theirs has another name"
         )
-    return hold_out(examples, MOST)[1] if len(examples) > MOST else examples
+    return sample(examples, MOST)
 
 
 def rewire_student(student: Any, teacher: Any, task: Task, examples: Any, work: Any) -> None:

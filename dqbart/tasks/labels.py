@@ -11,6 +11,7 @@ from dqbart.data.splits import data_name
 from dqbart.evaluation.label_metrics import score_labels
 from dqbart.evaluation.predict import predict_logits
 from dqbart.recipe import Recipe
+from dqbart.student.sharing import shared_model
 from dqbart.tasks import PROBES, Outcome, Task
 
 
@@ -25,6 +26,8 @@ class Labels(Task):
         super().__init__(recipe, tokenizer)
         self.collator = LabelCollator(tokenizer.pad_token_id)
         self.names: list[str] | None = None
+        if has_head(config):
+            self._check(config)  # before any data is read with it
         if recipe.task == "classification" and has_head(config):
             self.names = [config.id2label[i] for i in range(config.num_labels)]
 
@@ -52,13 +55,46 @@ class Labels(Task):
 
     def adapt(self, model: Any, *, new_head: bool) -> Any:
         if has_head(model.config):
-            return model
+            self._check(model.config)
+            return self._with_our_names(model)
         if not new_head:
             raise ValueError(
                 f"teacher {type(model).__name__}: has no head for {self.recipe.task}; train one first, with --method "
                 f"finetune --bits 32-32-32 --task {self.recipe.task}"
             )
         return with_head(model, self.recipe, self.names)
+
+    def _check(self, config: Any) -> None:
+        kind = (config.architectures or [config.model_type])[0]
+        if config.problem_type == "multi_label_classification":
+            raise ValueError(
+                f"{kind}: problem_type 'multi_label_classification'; expected one label a text, or a number"
+            )
+        if (config.num_labels == 1) != (self.recipe.task == "regression"):
+            fit = "regression" if config.num_labels == 1 else "classification"
+            raise ValueError(
+                f"task {self.recipe.task!r}: {kind} has {config.num_labels} outputs; expected task {fit!r}"
+            )
+
+    def _with_our_names(self, model: Any) -> Any:
+        """Classes named and ordered as the task has them, in place: a student may come with an order of its own."""
+        config, names = model.config, self.names
+        own = [config.id2label[i] for i in range(config.num_labels)]
+        if self.recipe.task == "regression" or names is None or own == names:
+            return model
+        if len(own) != len(names) or not (sorted(own) == sorted(names) or _unnamed(own) or _unnamed(names)):
+            raise ValueError(
+                f"{type(model).__name__} has classes {', '.join(own)[:80]}; expected {', '.join(names)[:80]}: give a "
+                "checkpoint without a head, or one of the same classes"
+            )
+        if sorted(own) == sorted(names):
+            head = [module for module in model.classifier.modules() if hasattr(module, "out_features")][-1]
+            order = [own.index(name) for name in names]
+            head.weight.data, head.bias.data = head.weight.data[order], head.bias.data[order]
+        if not _unnamed(names):
+            config.id2label = dict(enumerate(names))
+            config.label2id = {name: i for i, name in enumerate(names)}
+        return model
 
     def training_set(self, train: Labelled, teacher: Any, folder: Path) -> tuple[Any, Any]:
         return encode_labelled(self.tokenizer, train, self.recipe.max_source_length), self.collator
@@ -97,6 +133,11 @@ def has_head(config: Any) -> bool:
     return bool((config.architectures or ["ForSequenceClassification"])[0].endswith("ForSequenceClassification"))
 
 
+def _unnamed(names: list[str]) -> bool:
+    """Whether they are what transformers calls classes that nobody named."""
+    return names == [f"LABEL_{i}" for i in range(len(names))]
+
+
 def with_head(model: Any, recipe: Recipe, names: list[str] | None) -> Any:
     """The same base model under a new head, from the recipe's seed."""
     from transformers import set_seed
@@ -110,6 +151,6 @@ def with_head(model: Any, recipe: Recipe, names: list[str] | None) -> Any:
         config.problem_type = "single_label_classification"
     config.architectures = [type(model).__name__]
     set_seed(recipe.seed)
-    new = type(model)(config)
+    new: Any = shared_model(type(model), config)  # of an ALBERT, what it shares
     new.base_model.load_state_dict(model.base_model.state_dict())
     return new.to(model.device).eval()

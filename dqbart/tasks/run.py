@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from dqbart.data.columns import hold_out
+from dqbart.data.columns import sample
 from dqbart.evaluation.metrics import Score
 from dqbart.recipe import Recipe
 from dqbart.tasks import open_task
@@ -55,8 +55,7 @@ def evaluate(
     examples = work.read_split(data, split)
     if not work.is_scored(examples):
         raise ValueError(f"data {data!r}: no target column to score against; give --target-column")
-    if limit is not None and limit < len(examples):
-        examples = hold_out(examples, limit)[1]
+    examples = sample(examples, limit)
     outcome = work.score(model, examples)
     rows = [row | {"output": text} for row, text in zip(work.shown(examples), outcome.outputs, strict=True)]
     return outcome.score, rows
