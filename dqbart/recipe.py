@@ -27,7 +27,7 @@ from dqbart.methods import (
     number,
 )
 
-__all__ = ["Bits", "Layers", "LossWeights", "PAPER_LOSSES", "PRESETS", "Recipe", "read_yaml"]
+__all__ = ["Bits", "Layers", "LossWeights", "PAPER_LOSSES", "PRESETS", "Recipe", "first_position", "read_yaml"]
 
 WEIGHT_BITS = (1, 2, 3, 4, 8, 32)
 ACTIVATION_BITS = (8, 32)
@@ -344,9 +344,7 @@ class Recipe:
         self._check_family(config, task)
         if self.elastic:
             self._check_elastic(config, task, student)
-        positions = config.max_position_embeddings
-        if config.model_type in ("roberta", "xlm-roberta"):
-            positions -= config.pad_token_id + 1  # theirs begin after the padding token's
+        positions = config.max_position_embeddings - first_position(config)
         changes: dict[str, Any] = {
             "task": task,
             "metric": self.metric or METRICS[task][0],
@@ -441,6 +439,11 @@ def stack_words(maps: dict[str, list[int]]) -> str:
     if len(maps) == 1:
         return str(next(iter(maps.values())))
     return ", ".join(f"{field.removesuffix('_layers')} {mapping}" for field, mapping in maps.items())
+
+
+def first_position(config: Any) -> int:
+    """Where an encoder's positions begin: RoBERTa's do after the padding token's."""
+    return int(config.pad_token_id) + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
 
 
 def _layers_of(config: Any) -> Layers:

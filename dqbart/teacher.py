@@ -1,6 +1,7 @@
 """The checkpoint that comes in: loaded whole, in fp32, with its tokenizer, or refused in one line.
 
-Which of transformers' classes it becomes is decided by the task; without one, by what the checkpoint says it is.
+Which of transformers' classes it becomes is decided by the task; without one, by the run that left the checkpoint, or
+by what it says it is.
 """
 
 from pathlib import Path
@@ -80,6 +81,8 @@ def _from_pretrained(name: str | Path, task: str | None, seed: int, role: str = 
     _check_config(config, str(name), role)
     architecture = (config.architectures or [""])[0]
     if task is None:
+        task = task_of_run(name)
+    if task is None:
         task = "sentences" if sentence_folder(name) is not None else _task_of(architecture, config)
     words = architecture.endswith(("ForMaskedLM", "ForPreTraining"))
     kind = "AutoModel" if task == "text" and not words else CLASSES[task]  # no head to make up where none is used
@@ -88,6 +91,12 @@ def _from_pretrained(name: str | Path, task: str | None, seed: int, role: str = 
         return share_again(getattr(transformers, kind).from_pretrained(name, dtype=torch.float32)), task
     except OSError as error:
         raise FileNotFoundError(f"{role} {str(name)!r}: {_first_line(error)}") from None
+
+
+def task_of_run(folder: Any) -> str | None:
+    """What the run of ours that left a folder was for; None for any other checkpoint."""
+    file = Path(folder) / "recipe.yaml" if isinstance(folder, str | Path) else None
+    return Recipe.from_yaml(file).task if file is not None and file.is_file() else None
 
 
 def _task_of(architecture: str, config: Any) -> str:

@@ -13,7 +13,7 @@ from test_packed_modules import student
 from tiny_models import ENCODERS, tiny_encoder, tiny_seq2seq
 from transformers import BertConfig, BertForMaskedLM, DynamicCache, EncoderDecoderCache
 
-from dqbart.data.s2s import S2sCollator, S2sLayout, additive_mask, encode_s2s, s2s_mask
+from dqbart.data.s2s import S2sCollator, S2sLayout, SeededItems, additive_mask, encode_s2s, s2s_mask
 from dqbart.evaluation.s2s_generate import Seq2SeqEncoder, write_texts_s2s
 from dqbart.packed.checkpoint import load_packed, save_packed
 from dqbart.quant.attention import quantize_attention, use_attention
@@ -107,6 +107,18 @@ def test_covering_rates_and_reproducibility() -> None:
     assert 0.42 < changed.float().mean() < 0.48  # half of the 90 % whose covered form differs
     assert torch.equal(history[changed], covered[changed])
     assert torch.equal(first["labels"][:, 103:], true)  # every token is learned, whatever was covered
+
+
+def test_what_is_drawn_depends_on_epoch_and_item_alone() -> None:
+    """Not on the batch, nor on what was drawn before: a run that was interrupted goes on as if it had not been."""
+    layout = S2sLayout(0, 2, 4, 1, 120, 0, 64, False)
+    seeded = SeededItems([{"input_ids": [0, 5, 2], "labels": list(range(10, 40))} for _ in range(3)], seed=1)
+    together = S2sCollator(layout)([seeded[i] for i in (0, 1, 2)])["input_ids"]
+    torch.manual_seed(5)
+    assert torch.equal(S2sCollator(layout)([seeded[1]])["input_ids"][0], together[1])
+    assert not torch.equal(together[0], together[1])
+    seeded.set_epoch(1)
+    assert not torch.equal(S2sCollator(layout)([seeded[1]])["input_ids"][0], together[1])
 
 
 def test_masked_mode() -> None:

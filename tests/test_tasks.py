@@ -187,8 +187,21 @@ def test_sentence_embeddings(tmp_path: Path) -> None:
 def test_writing_with_an_encoder(bert: Path, classifier: Path, tmp_path: Path, capsys: Any) -> None:
     rows = [{"source": text, "target": " ".join(text.split()[:2])} for text in sentences(80, seed=10)]
     data = write(tmp_path / "pairs.jsonl", rows)
-    recipe = dqbart.Recipe(bits="8-8-8", layers="2", task="s2s", max_target_length=6, losses={"task": 1}, **FEW)  # type: ignore[arg-type]
-    result = dqbart.compress(bert, data, recipe=recipe, output=tmp_path / "small")
+    made = dqbart.Recipe(bits="32-32-32", method="finetune", task="s2s", max_target_length=6, **FEW)  # type: ignore[arg-type]
+    dqbart.compress(bert, data, recipe=made, output=tmp_path / "teacher")
+    recipe = dqbart.Recipe(bits="8-8-8", layers="2", max_target_length=6, **FEW)  # type: ignore[arg-type]
+    result = dqbart.compress(tmp_path / "teacher", data, recipe=recipe, output=tmp_path / "small")
+    assert result.report["recipe"]["task"] == "s2s"  # as the teacher's run
+    assert evaluate(str(tmp_path / "teacher"), data, limit=5)[0].n >= 5
+    with pytest.raises(ValueError, match="nothing says that it can write; fine-tune it first, with --task s2s --meth"):
+        again = dqbart.Recipe(task="s2s", max_target_length=6, **FEW)  # type: ignore[arg-type]
+        dqbart.compress(bert, data, recipe=again, output=tmp_path / "no")
+    roberta = dqbart.Recipe(task="s2s", family="albert", method="finetune", max_target_length=6, **FEW)  # type: ignore[arg-type]
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    with pytest.raises(
+        ValueError, match=r"begin at 2 in the teacher \(roberta\), at 0 in the student \(albert\); expected"
+    ):
+        dqbart.compress(tiny_encoder("roberta"), data, tokenizer=tokenizer, recipe=roberta, output=tmp_path / "no")
     assert "rougeL" in result.report["scores"]["student"]["values"]
     assert len(result.report["scores"]["outputs"]) == 8
     capsys.readouterr()
@@ -319,7 +332,9 @@ def test_a_new_head_leaves_the_sharing(sharing: str, bert: Path, labelled: Path,
     shape: dict[str, Any] = dict(family="albert", sharing=sharing, embedding_size=16, layers="3")
     dqbart.compress(bert, recipe=dqbart.Recipe(bits="32-32-32", epochs=0, **shape), output=tmp_path / "general")  # type: ignore[arg-type]
     recipe = dqbart.Recipe(bits="8-8-8", method="finetune", task="classification", **FEW)  # type: ignore[arg-type]
-    model = dqbart.compress(tmp_path / "general", labelled, recipe=recipe, output=tmp_path / "tuned").load(engine="torch")
+    model = dqbart.compress(tmp_path / "general", labelled, recipe=recipe, output=tmp_path / "tuned").load(
+        engine="torch"
+    )
     assert model.config.dqbart_sharing == sharing
     groups = model.albert.encoder.albert_layer_groups
     assert len(groups) == 1 or groups[0].albert_layers[0].attention is groups[2].albert_layers[0].attention

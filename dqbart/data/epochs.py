@@ -40,5 +40,8 @@ class EpochItems:
     def __getitem__(self, index: int) -> dict[str, Any]:
         raise NotImplementedError
 
+    def __str__(self) -> str:
+        return str(self.items)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))

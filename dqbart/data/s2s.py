@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dqbart.data.batches import EncodedPairs, TokenRows, _encode
+from dqbart.data.epochs import EpochItems
 
 if TYPE_CHECKING:
     import torch
@@ -155,6 +156,14 @@ def encode_s2s(
     return pairs
 
 
+class SeededItems(EpochItems):
+    """Items of `encode_s2s`, each with a `seed` for what the collator draws: a new one in every epoch."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        return self.items[index] | {"seed": int(self.generator(index).integers(2**62))}
+
+
 @dataclass(frozen=True)
 class S2sCollator:
     """Batches for a masked-language model, from items of `encode_s2s`.
@@ -167,7 +176,7 @@ class S2sCollator:
     `rate` in pseudo mode is the share of the history that is replaced by its covered form, so that the model
     learns to go on after mistakes of its own (s2s-ft's target_mask_prob, 0.5); every token is predicted. In masked mode
     it is the share to predict, at least one token (UniLM's 0.7). With all three rates 0, pseudo logits are those of
-    decoding: for validation. Choices come from `generator`, else from torch's own, which the Trainer seeds and resumes.
+    decoding: for validation. Choices come from the item's `seed`, if it has one (`SeededItems`), else from `generator`.
     Raises `ValueError` for an unknown mode, a rate outside 0..1, items without labels, and rows too long.
     """
 
@@ -192,12 +201,12 @@ class S2sCollator:
     def _rate(self) -> float:
         return {"pseudo": 0.5, "masked": 0.7}[self.mode] if self.rate is None else self.rate
 
-    def __call__(self, items: Sequence[dict[str, list[int]]]) -> dict[str, "Tensor"]:
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, "Tensor"]:
         import torch
 
         if any("labels" not in item for item in items):
             raise ValueError("items without labels; encode them with targets (encode_s2s)")
-        rows = [self._row(item["input_ids"], item["labels"]) for item in items]
+        rows = [self._row(item["input_ids"], item["labels"], self._draw(item)) for item in items]
         lengths_B = torch.tensor([len(row["labels"]) for row in rows])
         width = -(-int(lengths_B.max()) // self.multiple_of) * self.multiple_of
 
@@ -213,7 +222,12 @@ class S2sCollator:
         }
         return batch | {"token_type_ids": (order_BL > 0).long()} if self.layout.token_types else batch
 
-    def _row(self, source: list[int], target: list[int]) -> dict[str, list[int]]:
+    def _draw(self, item: dict[str, Any]) -> "torch.Generator | None":
+        import torch
+
+        return torch.Generator().manual_seed(item["seed"]) if "seed" in item else self.generator
+
+    def _row(self, source: list[int], target: list[int], draw: "torch.Generator | None") -> dict[str, list[int]]:
         import torch
 
         s, t = len(source), len(target)
@@ -222,11 +236,11 @@ class S2sCollator:
                 f"a source of {s} tokens and a target of {t}: the model has {self.layout.positions} positions; "
                 "encode with lower max_source_length or max_target_length"
             )
-        covered = self._cover(target)
+        covered = self._cover(target, draw)
         if self.mode == "pseudo":
-            hits = (torch.rand(t, generator=self.generator) < self._rate).tolist()
+            hits = (torch.rand(t, generator=draw) < self._rate).tolist()
         else:
-            chosen = torch.randperm(t, generator=self.generator)[: max(1, int(self._rate * t))]
+            chosen = torch.randperm(t, generator=draw)[: max(1, int(self._rate * t))]
             hits = torch.zeros(t, dtype=torch.bool).index_fill(0, chosen, True).tolist()
         history = [c if hit else token for token, c, hit in zip(target, covered, hits, strict=True)]
         positions = list(range(s, s + t))
@@ -243,11 +257,11 @@ class S2sCollator:
         }  # fmt: skip
         return {name: row[name] + copies[name] for name in row}
 
-    def _cover(self, target: list[int]) -> list[int]:
+    def _cover(self, target: list[int], draw: "torch.Generator | None") -> list[int]:
         import torch
 
-        draws = torch.rand(len(target), generator=self.generator).tolist()
-        others = torch.randint(self.layout.vocabulary, (len(target),), generator=self.generator).tolist()
+        draws = torch.rand(len(target), generator=draw).tolist()
+        others = torch.randint(self.layout.vocabulary, (len(target),), generator=draw).tolist()
         kept, other = self.keep_rate, self.keep_rate + self.random_rate
         return [
             token if draw < kept else random if draw < other else self.layout.mask

@@ -20,7 +20,7 @@ from dqbart.distill.capture import autocast, forward_with_attention, without_log
 from dqbart.distill.chunked import chunked_terms
 from dqbart.packed.sentence import Pooling, pool
 from dqbart.quant.attention import AttentionRecord
-from dqbart.recipe import Recipe
+from dqbart.recipe import Recipe, first_position
 
 MAPS = ("attention", "scores")
 RELATIONS = {"queries": "query", "keys": "key", "values": "value"}
@@ -65,6 +65,11 @@ class EncoderObjective:
                         f"relation_heads {self.relation_heads}: don't divide the {name}'s width {width}; "
                         f"expected one of {', '.join(map(str, fit))}"
                     )
+        if self.recipe.task == "s2s" and first_position(ours) != first_position(theirs):
+            raise ValueError(
+                f"task 's2s': positions begin at {first_position(theirs)} in the teacher ({theirs.model_type}), at "
+                f"{first_position(ours)} in the student ({ours.model_type}); expected models of one family"
+            )
         if "logits" in self.weights and (ours.num_labels, ours.vocab_size) != (theirs.num_labels, theirs.vocab_size):
             raise ValueError(
                 f"losses.logits: the student has {ours.num_labels} labels and {ours.vocab_size} tokens, the teacher "

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dqbart.quant.sharing import FIELD, check_sharing, keep_whole, shared_parts, tie_layers
+from dqbart.recipe import first_position
 from dqbart.student.maps import layer_map
 from dqbart.student.shape import check_heads, checked_layers, inherited, task_class, whole
 
@@ -76,7 +77,7 @@ def albert_config(
         intermediate_size=whole("intermediate_size", intermediate_size, inner),
         hidden_act=c.hidden_act, hidden_dropout_prob=c.hidden_dropout_prob,
         attention_probs_dropout_prob=c.attention_probs_dropout_prob, type_vocab_size=c.type_vocab_size,
-        max_position_embeddings=c.max_position_embeddings - _first_position(c), layer_norm_eps=c.layer_norm_eps,
+        max_position_embeddings=c.max_position_embeddings - first_position(c), layer_norm_eps=c.layer_norm_eps,
         initializer_range=c.initializer_range, **inherited(c),
     )  # fmt: skip
     setattr(config, FIELD, sharing)
@@ -133,18 +134,13 @@ def albert_student(
     return student
 
 
-def _first_position(config: Any) -> int:
-    """Of a text: RoBERTa's positions count from behind the padding's."""
-    return int(config.pad_token_id) + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
-
-
 def _embeddings(state: dict[str, Tensor], old: Any, new: Any) -> dict[str, Tensor]:
     tables = {name: state[f"embeddings.{name}_embeddings.weight"] for name in ("word", "position", "token_type")}
     same_width = old.hidden_size == new.hidden_size
     if old.model_type == "albert":
         names = [name for name in state if name.startswith("embeddings.") or (same_width and "mapping_in" in name)]
         return {name: state[name] for name in names}
-    tables["position"] = tables["position"][_first_position(old) :]
+    tables["position"] = tables["position"][first_position(old) :]
     basis_DE = _basis(tables["word"], new.embedding_size)
     found = {
         f"embeddings.{name}_embeddings.weight": ((table.double() - table.double().mean(1, True)) @ basis_DE).to(table)

@@ -106,5 +106,5 @@ def open_task(recipe: Recipe, tokenizer: Any, model: Any, folder: Any = None) ->
     if recipe.task == "s2s":
         from dqbart.tasks.s2s import EncoderSequenceToSequence
 
-        return EncoderSequenceToSequence(recipe, tokenizer, model)
+        return EncoderSequenceToSequence(recipe, tokenizer, model, folder)
     raise ValueError(f"task {recipe.task!r}: expected one of {', '.join(METRICS)}")

@@ -4,19 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from dqbart.data.columns import Examples
-from dqbart.data.s2s import S2sCollator, S2sLayout, encode_s2s
+from dqbart.data.s2s import S2sCollator, S2sLayout, SeededItems, encode_s2s
 from dqbart.data.splits import read_split
 from dqbart.evaluation.metrics import score
 from dqbart.evaluation.s2s_generate import write_texts_s2s
 from dqbart.recipe import Recipe
 from dqbart.tasks import PROBES, Outcome, Task
+from dqbart.teacher import task_of_run
 
 
 class EncoderSequenceToSequence(Task):
     """Source and target share the model's positions; the targets' tokens are predicted from [MASK]s of their own."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Any, model: Any) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: Any, model: Any, folder: Any = None) -> None:
         super().__init__(recipe, tokenizer)
+        self.folder = folder
         self.layout = S2sLayout.of(model, tokenizer)
 
     def read_split(self, data: Any, split: str) -> Examples:
@@ -28,6 +30,12 @@ class EncoderSequenceToSequence(Task):
             raise ValueError(
                 f"losses.{other}: task 's2s' compares outputs alone; expected task and logits, such as with method 'dq'"
             )
+        named = isinstance(self.folder, str | Path)
+        if not new_head and named and "logits" in self.recipe.terms and task_of_run(self.folder) != "s2s":
+            raise ValueError(
+                f"teacher {str(self.folder)!r}: nothing says that it can write; fine-tune it first, with --task s2s "
+                "--method finetune --bits 32-32-32 (and --epochs 0 if it was fine-tuned elsewhere)"
+            )
         return model
 
     def training_set(self, train: Examples, teacher: Any, folder: Path) -> tuple[Any, Any]:
@@ -37,7 +45,7 @@ class EncoderSequenceToSequence(Task):
             self.tokenizer, self.layout, train.sources, train.targets, max_source_length=self._source_length(),
             max_target_length=self.recipe.max_target_length, source_prefix=self.recipe.source_prefix,
         )  # fmt: skip
-        return pairs, S2sCollator(self.layout)
+        return SeededItems(pairs, self.recipe.seed), S2sCollator(self.layout)
 
     def is_scored(self, examples: Examples) -> bool:
         return examples.targets is not None
