@@ -158,7 +158,7 @@ class Recipe:
     epochs: float = 3.0  # 0: quantize without training
     prediction_epochs: float = 3.0  # of a method's second part, where it has one
     label_epochs: float = 0.0  # of DynaBERT's third part, on labels alone
-    max_steps: int = 0  # above 0 it wins over epochs
+    max_steps: int = 0  # of each part; above 0 it wins over epochs
     learning_rate: float | None = None  # None: by bits and width, see resolve()
     batch_size: int = 32
     gradient_accumulation: int = 1
@@ -415,11 +415,9 @@ class Recipe:
         if self.elastic:
             stages = [dataclasses.replace(self, depths=(1.0,))]
             if self.depths != (1.0,) and self.prediction_epochs:
-                stages.append(
-                    dataclasses.replace(self, losses=DEPTH_LOSSES, epochs=self.prediction_epochs, max_steps=0)
-                )
+                stages.append(dataclasses.replace(self, losses=DEPTH_LOSSES, epochs=self.prediction_epochs))
             if self.label_epochs:
-                labels: dict[str, Any] = dict(losses=METHODS["finetune"].losses, epochs=self.label_epochs, max_steps=0)
+                labels: dict[str, Any] = dict(losses=METHODS["finetune"].losses, epochs=self.label_epochs)
                 stages.append(dataclasses.replace(stages[-1], **labels))
             return stages
         then = METHODS[self.method].then
@@ -430,7 +428,7 @@ class Recipe:
             second = METHODS["finetune"].losses  # a soft cross-entropy of one number says nothing: labels, as released
         return [
             self,
-            dataclasses.replace(self, method=then, losses=second, epochs=self.prediction_epochs, max_steps=0),
+            dataclasses.replace(self, method=then, losses=second, epochs=self.prediction_epochs),
         ]
 
 

@@ -105,7 +105,8 @@ def _difference(before: Any, now: dict[str, Any]) -> str:
     if keys:
         key = keys[0]
         return f"made with another recipe ({key} {before.get('recipe', {}).get(key)!r}, now {now['recipe'][key]!r})"
-    return f"made with another {'teacher' if before.get('teacher') != now['teacher'] else 'data set'}"
+    names = {"teacher": "teacher", "student": "student to begin with", "data": "data set"}
+    return f"made with another {next(names[key] for key in names if before.get(key) != now.get(key))}"
 
 
 def _remove_ours(folder: Path) -> None:

@@ -92,7 +92,7 @@ def test_two_stages_and_twelve_sub_networks(trained: Path, classifier: Path, lab
     assert (rows[-1]["heads"], rows[-1]["neurons"], rows[-1]["layers"]) == (1, 12, [0, 2])
     assert [r["parameters"] for r in rows[:4]] == sorted({r["parameters"] for r in rows[:4]}, reverse=True)
     card = (trained / "README.md").read_text()
-    assert "## Sub-networks" in card and "at all widths, then 0.2 epochs at all depths" in card
+    assert "## Sub-networks" in card and "at all widths, then 6 steps at all depths" in card
     assert not is_plain(trained) and (trained / "elastic").is_dir()
     log = [json.loads(line) for line in "".join(stages(trained)).splitlines()]
     assert all({"logits", "hidden"} <= row.keys() for row in log if "loss" in row)
@@ -177,7 +177,7 @@ def test_a_sub_network_is_extracted(kind: str, request: pytest.FixtureRequest, l
     score, rows = evaluate(str(folder), labelled)
     assert score.n == 300 and rows[0]["output"] in ("dog", "other")
     card = (folder / "README.md").read_text()
-    assert f"bits, {len(kept)} layers, {4 * width:g} heads and {48 * width:g} neurons each" in card
+    assert f", {len(kept)} layers, {4 * width:g} heads and {48 * width:g} neurons each" in card
     assert "## Sub-networks" not in card
     with pytest.raises(ValueError, match="part: a sub-network itself; give the folder that it was extracted from"):
         extract(folder, output=tmp_path / "twice", width=0.5)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from test_plain import bert, numbered, roberta
-from tiny_models import tiny_encoder
+from tiny_models import ENCODERS, tiny_encoder
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from dqbart.data.blocks import EncodedBlocks, encode_blocks, encode_pairs_of_segments
 from dqbart.data.masking import CHOICES, NGRAM_PROBABILITIES, BlockCollator, MaskedItems, Masker
+from dqbart.evaluation.predict import predict_masked
 
 SPECIAL = {0, 1, 2, 3, 4}  # of bert()
 SPELT = "cat w1 dog w2 w3 house w4, w5. unbelievable w6! w7 w8 bird w9 "
@@ -291,3 +292,28 @@ def test_what_cannot_be_masked() -> None:
     for choose in ("word", "ngram"):
         with pytest.raises(ValueError, match=f"masking '{choose}' needs to know where words start: encode with words"):
             MaskedItems(blocks(words=False), masker(choose), seed=0)[0]
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_masked_words_are_guessed_without_whole_logits(kind: str) -> None:
+    model = tiny_encoder(kind).train()
+    lengths = [7, 3, 9, 5, 4]
+    generator = torch.Generator().manual_seed(2)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(5, 120, (length,), generator=generator).tolist()
+        labels = [token if place % 3 == 1 else -100 for place, token in enumerate(ids)]
+        rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": labels})
+    rows.append({"input_ids": [6, 7], "attention_mask": [1, 1], "labels": [-100, -100]})  # nothing to guess
+    seen: list[int] = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda m, i, out: seen.append(out[..., 0].numel()))
+    best_M, labels_M = predict_masked(model, rows, BlockCollator(1), batch_size=4, progress=False)
+    hook.remove()
+    assert sum(seen) == len(best_M) == sum(-(-(length - 1) // 3) for length in lengths) and model.training
+    model.eval()
+    expected = []
+    with torch.no_grad():
+        for row in rows:
+            best = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].argmax(-1).tolist()
+            expected += [(guess, label) for guess, label in zip(best, row["labels"], strict=True) if label != -100]
+    assert list(zip(best_M.tolist(), labels_M.tolist(), strict=True)) == expected

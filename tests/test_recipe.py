@@ -254,7 +254,7 @@ def test_tinybert_has_two_stages_on_a_task() -> None:
     recipe = Recipe(method="tinybert", task="classification", epochs=10, prediction_epochs=2, max_steps=9)
     first, second = recipe.stages()
     assert first == recipe and set(first.terms) == {"embedding", "hidden", "scores"}
-    assert (second.terms, second.epochs, second.max_steps) == ({"logits": 1.0}, 2, 0)
+    assert (second.terms, second.epochs, second.max_steps) == ({"logits": 1.0}, 2, 9)
     number = Recipe(method="tinybert", task="regression").stages()[1]
     assert number.terms == {"task": 1.0}  # as released: the labels
     assert len(Recipe(method="tinybert", task="text").stages()) == 1  # the general stage

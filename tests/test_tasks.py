@@ -359,3 +359,53 @@ def test_the_dev_subset_is_no_beginning_of_a_file(bert: Path, tmp_path: Path, mo
     recipe = dqbart.Recipe(bits="32-32-32", method="finetune", task="classification", **settings)  # type: ignore[arg-type]
     dqbart.compress(bert, dev, dev_data=dev, recipe=recipe, output=tmp_path / "out", device="cpu")
     assert seen and all(labels == {0, 1} for labels in seen)
+
+
+def test_text_without_masks_or_neighbours(bert: Path, tmp_path: Path, capsys: Any) -> None:
+    texts = write(tmp_path / "texts.jsonl", [{"text": text} for text in sentences(60, seed=13)])
+    books = write(
+        tmp_path / "books.jsonl", [{"text": f"{t} .", "doc": i // 10} for i, t in enumerate(sentences(90, seed=14))]
+    )
+    config = tmp_path / "run.yaml"
+    config.write_text("mask_rate: 0\nmethod: distilbert\n")
+    said = refused(capsys, bert, "--data", texts, "--config", config, "--out", tmp_path / "out")
+    assert "mask_rate 0 with losses.task, which learns masked words; expected above 0, such as 0.15" in said
+    recipe = dqbart.Recipe(bits="32-32-32", method="finetune", task="text", segments=2, **FEW)  # type: ignore[arg-type]
+    result = dqbart.compress(bert, books, dev_data=texts, recipe=recipe, output=tmp_path / "out")
+    assert result.report["scores"]["examples"] == 60  # sentences by themselves, though trained on pairs
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "method finetune, 3 layers" in card and "An ordinary checkpoint, in float." in card
+    assert "library_name: transformers" in card and "quantized" not in card.split("## Size")[0]
+
+
+def test_eval_says_what_a_folder_is_not_for(bert: Path, classifier: Path, labelled: Path, tmp_path: Path) -> None:
+    texts = write(tmp_path / "texts.jsonl", [{"text": text} for text in sentences(60, seed=15)])
+    recipe = dqbart.Recipe(bits="32-32-32", method="minilm2", layers="1", **FEW)  # type: ignore[arg-type]
+    dqbart.compress(bert, texts, recipe=recipe, output=tmp_path / "general")
+    with pytest.raises(
+        ValueError, match="method 'minilm2' looks at inner layers alone, so there are no words to guess"
+    ):
+        evaluate(str(tmp_path / "general"), texts)
+    with pytest.raises(ValueError, match="task 'regression': .* was made for task 'classification'; leave --task out"):
+        evaluate(str(classifier), labelled, task="regression")
+    unlabelled = write(tmp_path / "plain.jsonl", [{"sentence": text} for text in sentences(9)])
+    with pytest.raises(
+        ValueError, match=r"data 'plain.jsonl': no target column to score against; give --target-column"
+    ):
+        evaluate(str(classifier), unlabelled)
+    again = dqbart.Recipe(bits="8-8-8", epochs=0)  # type: ignore[arg-type]
+    for name in ("one", "two"):
+        model = AutoModelForSequenceClassification.from_pretrained(classifier)
+        model.classifier.bias.data += len(name) + (name == "two")
+        model.save_pretrained(tmp_path / name)
+    dqbart.compress(classifier, student=tmp_path / "one", recipe=again, output=tmp_path / "out")
+    with pytest.raises(FileExistsError, match="made with another student to begin with; choose another --out"):
+        dqbart.compress(classifier, student=tmp_path / "two", recipe=again, output=tmp_path / "out")
+
+
+def test_lines_of_text_are_augmented(bert: Path, tmp_path: Path) -> None:
+    file = tmp_path / "corpus.txt"
+    file.write_text("the cat sees a dog\n\nthe old house\n")
+    assert main(["augment", str(bert), "--data", str(file), "--out", str(tmp_path / "more.jsonl")]) == 0
+    found = [json.loads(line)["text"] for line in (tmp_path / "more.jsonl").read_text().splitlines()]
+    assert {"the cat sees a dog", "the old house"} < set(found)

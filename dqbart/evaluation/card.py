@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dqbart.methods import METHODS
 from dqbart.recipe import stack_words
 
 MIB = 2**20
@@ -45,9 +46,8 @@ def write(folder: Path, report: dict[str, Any], base_model: str | None, called: 
     link = f"[{on_hub}](https://huggingface.co/{on_hub})" if on_hub else f"`{name}`"
     parts = [
         f"---\n{metadata(report, on_hub, called)}\n---",
-        f"# {name}, {report['recipe']['bits']} bits, {report['recipe']['layers']} layers{_width_words(report)}",
-        f"{link} compressed with dqbart: distillation-aware quantization (DQ-BART, arXiv 2203.11239). Bits are "
-        f"weights-embeddings-activations{_layers_words(report)}; 2 bits are ternary.",
+        f"# {_title(report, name)}",
+        _what(report, link),
         "```python\n" + snippet(report, called) + "\n```",
         "## Size\n\n" + _sizes(report),
         "## Scores\n\n" + _scores(report),
@@ -59,10 +59,28 @@ def write(folder: Path, report: dict[str, Any], base_model: str | None, called: 
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
+def _title(report: dict[str, Any], name: str) -> str:
+    recipe = report["recipe"]
+    how = f"{recipe['bits']} bits" if _quantized(report) else f"method {recipe['method']}"
+    return f"{name}, {how}, {recipe['layers']} layers{_width_words(report)}"
+
+
+def _what(report: dict[str, Any], link: str) -> str:
+    says = METHODS[report["recipe"]["method"]].says
+    if not _quantized(report):
+        return f"Made from {link} with dqbart; what it learned from: {says}. An ordinary checkpoint, in float."
+    trained = f"; what it learned from: {says}" if "training" in report["seconds"] else ", without training"
+    return (
+        f"{link} compressed with dqbart{trained}. Bits are weights-embeddings-activations{_layers_words(report)}; "
+        "2 bits are ternary."
+    )
+
+
 def metadata(report: dict[str, Any], on_hub: str | None, called: str) -> str:
     """The card's YAML block, without its dashes."""
     from huggingface_hub import EvalResult, ModelCardData
 
+    quantized = _quantized(report)
     recipe, scores, data = report["recipe"], report.get("scores"), report.get("data") or {}
     codes = [recipe["source_lang"], recipe["target_lang"]]
     languages = [code.split("_")[0] for code in codes if code] or ([recipe["language"]] if scores else [])
@@ -83,13 +101,13 @@ def metadata(report: dict[str, Any], on_hub: str | None, called: str) -> str:
     ]  # fmt: skip
     card = ModelCardData(
         base_model=on_hub,
-        base_model_relation="quantized" if on_hub else None,
-        library_name="dqbart",
+        base_model_relation=("quantized" if quantized else "finetune") if on_hub else None,
+        library_name="dqbart" if quantized or "subnetwork" in report else "transformers",
         pipeline_tag=task,
         language=languages or None,
         datasets=[data["name"]] if data.get("on_hub") else None,
         metrics=list(dict.fromkeys(r.metric_type for r in results)) or None,
-        tags=["dqbart", "quantized", "distillation"],
+        tags=["dqbart", *(["quantized"] if quantized else []), "distillation"],
         model_name=called if results else None,
         eval_results=results or None,
     )
@@ -227,7 +245,7 @@ def _recipe(report: dict[str, Any]) -> str:
         origin = "Of a shape of its own, held to"
     lines = [
         f"{origin} the teacher's layers {maps}. Method `{recipe['method']}`, task `{recipe['task']}`. "
-        f"Numerics `{recipe['numerics']}`, stored as `{recipe['storage']}`."
+        f"" + (f"Numerics `{recipe['numerics']}`, stored as `{recipe['storage']}`." if _quantized(report) else "")
     ]
     if "training" in report["seconds"]:
         length = f"{recipe['max_steps']} steps" if recipe["max_steps"] else f"{recipe['epochs']:g} epochs"
@@ -239,7 +257,7 @@ def _recipe(report: dict[str, Any]) -> str:
             f"{report['seconds']['training'] / 60:.1f} minutes."
         )
     else:
-        lines.append("Quantized without training.")
+        lines.append("Quantized without training." if _quantized(report) else "Not trained.")
     if recipe["skip"]:
         lines.append(f"Left in float: `{', '.join(recipe['skip'])}`.")
     if data:
@@ -257,11 +275,15 @@ def _recipe(report: dict[str, Any]) -> str:
 
 def _more_stages(report: dict[str, Any]) -> str:
     recipe, more = report["recipe"], report.get("stages", 1) - 1
+
+    def length(name: str) -> str:
+        return f"{recipe['max_steps']} steps" if recipe["max_steps"] else f"{recipe[name]:g} epochs"
+
     if recipe["method"] != "dynabert":
-        return f", then {recipe['prediction_epochs']:g} epochs on predictions" if more else ""
-    parts = [f"{recipe['label_epochs']:g} epochs on labels"] if recipe["label_epochs"] else []
+        return f", then {length('prediction_epochs')} on predictions" if more else ""
+    parts = [f"{length('label_epochs')} on labels"] if recipe["label_epochs"] else []
     if more > len(parts):
-        parts.insert(0, f"{recipe['prediction_epochs']:g} epochs at all depths")
+        parts.insert(0, f"{length('prediction_epochs')} at all depths")
     return ", then ".join([" at all widths", *parts])
 
 

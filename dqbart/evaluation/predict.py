@@ -47,15 +47,30 @@ def predict_masked(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Best token and label at every masked position `[M]`, of a masked language model; example by example.
 
-    `encoded`: items with `labels`, -100 where nothing is masked. Modes and errors as with `predict_logits`.
+    `encoded`: items with `labels`, -100 where nothing is masked. Its head sees the masked positions alone: of 32 texts
+    of 512 tokens, XLM-R's logits would be 16 GB. Modes and errors as with `predict_logits`.
     """
     if not len(encoded):
         raise ValueError("nothing to predict: no examples; expected at least one")
     found: list[Any] = [None] * len(encoded)
-    for indices, batch, output in _outputs(model, encoded, collator, batch_size, "guessing masked words", progress):
-        best_BL, labels_BL = output.logits.argmax(-1).cpu().numpy(), batch["labels"].numpy()
-        for index, best_L, labels_L in zip(indices, best_BL, labels_BL, strict=True):
-            found[index] = np.stack([best_L, labels_L])[:, labels_L != -100]
+    asked: list[Tensor] = []  # bool [B, L] of the batch that is in the model
+
+    def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = collator(items)
+        asked[:] = [batch["labels"] != -100]
+        return batch
+
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][asked[0].to(inputs[0].device)],))
+    try:
+        for indices, batch, output in _outputs(model, encoded, collate, batch_size, "guessing masked words", progress):
+            best_M = output.logits.argmax(-1).cpu().numpy()
+            counts_B = asked[0].sum(1).tolist()
+            pairs_2M = np.stack([best_M, batch["labels"][asked[0]].numpy()])
+            for index, pairs in zip(indices, np.split(pairs_2M, np.cumsum(counts_B)[:-1], axis=1), strict=True):
+                found[index] = pairs
+    finally:
+        hook.remove()
     best_M, labels_M = np.concatenate(found, axis=1)
     return best_M, labels_M
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dqbart.data.splits import train_and_dev
+from dqbart.data.splits import data_name, train_and_dev
 from dqbart.evaluation.metrics import Score
 from dqbart.recipe import METRICS, Recipe
 
@@ -53,6 +53,10 @@ class Task:
     def is_scored(self, examples: Any) -> bool:
         """Whether the examples have what a score needs."""
         raise NotImplementedError
+
+    def why_unscored(self, data: Any) -> str:
+        """What is missing where `is_scored` is false, for an error."""
+        return f"data {data_name(data)!r}: no target column to score against; give --target-column"
 
     def score(self, model: Any, examples: Any, *, settings: Any = None) -> Outcome:
         """The model's outputs for the examples, scored. `settings`: generation settings of another model's score."""

@@ -25,8 +25,10 @@ def open_model(folder: str, device: str | None, task: str | None = None) -> tupl
     if not recipe_file.is_file():
         model, tokenizer, task = load_teacher(folder, None, device, task)
         return model, tokenizer, Recipe(task=task).resolve(model.config)
-    model = load(folder, device=device)
-    return model, AutoTokenizer.from_pretrained(folder), Recipe.from_yaml(recipe_file)
+    recipe = Recipe.from_yaml(recipe_file)
+    if task not in (None, recipe.task):
+        raise ValueError(f"task {task!r}: {folder} was made for task {recipe.task!r}; leave --task out")
+    return load(folder, device=device), AutoTokenizer.from_pretrained(folder), recipe
 
 
 def evaluate(
@@ -54,7 +56,7 @@ def evaluate(
     work = open_task(recipe, tokenizer, model, folder)
     examples = work.read_split(data, split)
     if not work.is_scored(examples):
-        raise ValueError(f"data {data!r}: no target column to score against; give --target-column")
+        raise ValueError(work.why_unscored(data))
     examples = sample(examples, limit)
     outcome = work.score(model, examples)
     rows = [row | {"output": text} for row, text in zip(work.shown(examples), outcome.outputs, strict=True)]

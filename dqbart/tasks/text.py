@@ -40,6 +40,11 @@ class PlainText(Task):
                 f"{type(model).__name__}: has no masked-language-model head, which losses.task and losses.logits need; "
                 "use a method that looks at inner layers, such as minilm or tinybert"
             )
+        if "task" in self.recipe.terms and not self.recipe.mask_rate:
+            raise ValueError(
+                f"mask_rate {self.recipe.mask_rate!r} with losses.task, which learns masked words; expected above 0, "
+                "such as 0.15, or a method without it, such as tinybert"
+            )
         Masker(self.tokenizer, self._rate())  # there is a mask, if one is needed
         return model
 
@@ -52,9 +57,15 @@ class PlainText(Task):
     def is_scored(self, examples: PlainTexts) -> bool:
         return bool(self.recipe.terms.keys() & {"task", "logits"})
 
+    def why_unscored(self, data: Any) -> str:
+        return (
+            f"method {self.recipe.method!r} looks at inner layers alone, so there are no words to guess; fine-tune the "
+            "student on a task (dqbart compress --student), and score that"
+        )
+
     def score(self, model: Any, examples: PlainTexts, *, settings: Any = None) -> Outcome:
-        """Accuracy of masked words, the same ones for every model."""
-        blocks = self._encode(examples, progress=False)
+        """Accuracy of masked words, the same ones for every model, in texts one by one."""
+        blocks = encode_blocks(self.tokenizer, examples.documents, self.recipe.max_source_length, progress=False)
         rate = self.recipe.mask_rate or 0.15
         items = MaskedItems(blocks, Masker(self.tokenizer, rate), seed=28)
         found = score_labels("accuracy", *predict_masked(model, items, self.collator, self.recipe.eval_batch_size))
@@ -78,12 +89,11 @@ class PlainText(Task):
         masks = "task" in self.recipe.terms or self.recipe.elastic  # importance is measured on masked words
         return self.recipe.mask_rate if masks else 0.0
 
-    def _encode(self, texts: PlainTexts, progress: bool = True) -> EncodedBlocks:
+    def _encode(self, texts: PlainTexts) -> EncodedBlocks:
         recipe = self.recipe
         words = recipe.masking in ("word", "ngram")
         if recipe.segments == 2:
             return encode_pairs_of_segments(
-                self.tokenizer, texts.documents, recipe.max_source_length, words=words, seed=recipe.seed,
-                progress=progress,
-            )  # fmt: skip
-        return encode_blocks(self.tokenizer, texts.documents, recipe.max_source_length, words=words, progress=progress)
+                self.tokenizer, texts.documents, recipe.max_source_length, words=words, seed=recipe.seed
+            )
+        return encode_blocks(self.tokenizer, texts.documents, recipe.max_source_length, words=words)
