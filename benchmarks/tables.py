@@ -32,6 +32,7 @@ SOURCES = {  # results file -> module, its function, the command that fills the 
     ),
     "sensitivity": ("quality", "sensitivity_table", f"{GRID} --sensitivity"),
     "encoder_methods": ("encoder_methods", "table", "python benchmarks/encoder_methods.py --data DATA --work WORK"),
+    "subnetworks": ("subnetworks", "table", "python benchmarks/subnetworks.py TEACHER --data DIR --work WORK"),
     "matmul": ("matmul", "table", "python benchmarks/matmul.py"),
     "step": ("step", "table", "python benchmarks/step.py"),
     "gate": ("gate", "table", "python benchmarks/gate.py"),

@@ -12,7 +12,7 @@ import pytest
 import size
 from latency_figures import ratio
 from latency_models import SHAPES
-from ledger import Ledger
+from ledger import RESULTS, Ledger
 from peers import systems
 
 FAKE = """
@@ -170,3 +170,12 @@ def test_a_model_that_writes_is_no_encoder(capsys):
 def test_the_script_is_imported_without_torch():
     code = "import sys, latency_encoders; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(encoders.__file__).parent)
+
+
+def test_committed_vectors_agree_and_every_gap_has_its_reason():
+    rows = Ledger(RESULTS / "latency_encoders.json", encoders.KEYS).rows
+    assert {row["shape"] for row in rows} == {*encoders.HEADLINE, encoders.BASE}
+    for found in rows:
+        assert bool(found["error"]) != bool(found["median_ms"])
+        if found["system"] in ("ctranslate2-float32", "dqbart-cpu") and found["agree"] is not None:
+            assert found["agree"] == found["batch"], found["shape"]
