@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,20 @@ def bart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 def folder(bart: tuple[Any, Path], tmp_path: Path) -> Path:
     """A fresh copy of the packed BART, to be damaged."""
     return Path(shutil.copytree(bart[1], tmp_path / "small"))
+
+
+def in_two_processes(code: str, folder: Path) -> str:
+    """Run `code` under torchrun with `folder` as its argument; what the processes wrote to stderr."""
+    script = folder / "worker.py"
+    script.write_text(code)
+    root = Path(__file__).parents[1]
+    paths = os.pathsep.join(str(root / part) for part in ("", "kernels", "tests"))
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, folder],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stderr
 
 
 # Encoders, with data for them

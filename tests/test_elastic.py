@@ -1,9 +1,6 @@
 """Many sub-networks, one set of weights: losses and gradients are those of sub-networks that stand alone."""
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import in_two_processes
 from test_width import KINDS, classifier, labelled
 from tiny_models import tiny_encoder, token_batch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertForQuestionAnswering
 
-from dqbart.distill import elastic as module
 from dqbart.distill import losses
 from dqbart.distill.elastic import STAGES, ElasticObjective, Stage, prediction_loss
 from dqbart.quant.attention import use_attention
@@ -346,15 +343,7 @@ distributed.destroy_process_group()
 
 
 def test_two_processes_have_the_mean_gradient(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    root = Path(module.__file__).parents[2]
-    paths = os.pathsep.join(str(root / p) for p in ("", "kernels", "tests"))
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
+    in_two_processes(WORKER, tmp_path)
     student = classifier()
     teacher, objective = changed(student), ElasticObjective("width")
     for rank in (0, 1):

@@ -1,13 +1,11 @@
 """The methods' objectives on real small encoders: what is compared with what, masking, widths, gradients."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import in_two_processes
 from tiny_models import ENCODERS, tiny_encoder, token_batch
 from torch import Tensor
 from torch.nn import functional as F
@@ -336,15 +334,7 @@ def unused(recipe: Recipe) -> bool:
 
 
 def test_two_processes_have_the_mean_gradient(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    root = Path(module.__file__).parents[2]
-    paths = os.pathsep.join(str(root / p) for p in ("", "kernels", "tests"))
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
+    in_two_processes(WORKER, tmp_path)
     for name in CASES:
         student, teacher, objective = case(name)
         for seed in range(4):

@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import in_two_processes
 from tiny_models import tiny_seq2seq, token_batch
 from torch import Tensor
 from transformers import TrainerCallback
@@ -330,17 +329,9 @@ except KeyboardInterrupt:
 
 
 def test_two_processes_end_with_equal_weights(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    root = Path(module.__file__).parents[2]
-    paths = os.pathsep.join(str(root / p) for p in ("", "kernels", "tests"))
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
+    said = in_two_processes(WORKER, tmp_path)
     for name in ("whole", "stopped"):
         assert [r["step"] for r in rows(tmp_path / name) if "dev" in r] == [2, 4, 5]  # written by one of them
-    assert "resuming from" in run.stderr
+    assert "resuming from" in said
     states = [torch.load(tmp_path / name / f"rank{r}.pt") for name in ("whole", "stopped") for r in (0, 1)]
     assert all(same(states[0], other) for other in states[1:])
