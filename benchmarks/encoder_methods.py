@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from encoder_methods_cells import STUDIES, Cell, Data, Shape, Study, cells, in_order, quantized
+from encoder_methods_cells import STUDIES, Cell, Data, Shape, Stacked, Study, cells, in_order, quantized
 from encoder_methods_tables import best
 from encoder_methods_tables import table as table  # where every benchmark has it
 from ledger import RESULTS, Ledger
@@ -56,11 +56,18 @@ class Workshop:
     def folder(self, cell: Cell) -> Path:
         return self.work / re.sub("[ ,]+", "-", cell.name) / cell.settings
 
-    def model(self, model: Cell | Shape, texts: Data, dropout: float) -> Path:
-        """The folder of a finished cell, or of random weights; `texts`: what the tokenizer is made of."""
+    def model(self, model: Cell | Shape | Stacked, texts: Data, dropout: float) -> Path:
+        """The folder of a finished cell, of its layers stacked, or of random weights; `texts`: what the tokenizer is
+        made of.
+        """
         if isinstance(model, Cell):
             return self.folder(model)
         start = self.work / "start"
+        if isinstance(model, Stacked):
+            name = f"{model.base.settings}-stacked-{model.layers}-dropout-{dropout:g}"
+            return self._once(
+                start / name, lambda folder: stack_layers(self.folder(model.base), model.layers, dropout, folder)
+            )
         words = self._once(
             start / f"tokenizer-{model.vocabulary}-{texts.rows[0] or 'all'}",
             lambda folder: train_tokenizer(self.rows(texts), model, folder),
@@ -158,6 +165,22 @@ def random_bert(shape: Shape, tokenizer: Path, dropout: float, folder: Path) -> 
         max_position_embeddings=shape.length, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
     )  # fmt: skip
     BertForMaskedLM(config).save_pretrained(folder)
+
+
+def stack_layers(base: Path, layers: int, dropout: float, folder: Path) -> None:
+    """A BERT whose layer i is layer i of a trained one, counted round and round."""
+    from transformers import AutoTokenizer, BertForMaskedLM
+
+    model = BertForMaskedLM.from_pretrained(base)
+    own = model.bert.encoder.layer
+    deep = BertForMaskedLM(type(model.config).from_dict(model.config.to_dict() | {"num_hidden_layers": layers}))
+    for i, layer in enumerate(deep.bert.encoder.layer):
+        layer.load_state_dict(own[i % len(own)].state_dict())
+    deep.bert.embeddings.load_state_dict(model.bert.embeddings.state_dict())
+    deep.cls.load_state_dict(model.cls.state_dict())
+    deep.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    set_dropout(folder, dropout)
 
 
 def set_dropout(folder: Path, dropout: float) -> None:

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import encoder_methods
 import pytest
-from encoder_methods import Workshop, is_done, lengths, sample, set_dropout
+import torch
+from conftest import word_tokenizer
+from encoder_methods import Workshop, is_done, lengths, sample, set_dropout, stack_layers
 from encoder_methods_cells import ABLATION, METHODS, STAGES, STUDIES, Cell, Data, Study, cells, in_order, quantized
 from encoder_methods_tables import best, table
 from ledger import Ledger
+from tiny_models import tiny_encoder
+from transformers import BertForMaskedLM
 
 from dqbart.recipe import Recipe
 
@@ -90,7 +94,7 @@ def test_a_change_touches_what_stands_on_it_and_nothing_else() -> None:
     assert changed and all(name.startswith("blimp/") for name in changed)
     longer = by_name(dataclasses.replace(SMALL, teacher_steps=7))
     same = {name for name, cell in longer.items() if cell.settings == before[name].settings}
-    assert same and all("scratch" in name for name in same)
+    assert same and all("scratch" in name or name == "shallow teacher" for name in same)
 
 
 def test_steps_by_a_factor() -> None:
@@ -125,6 +129,31 @@ def test_samples_are_fixed_and_keep_all_that_is_asked_for(tmp_path: Path) -> Non
     assert texts[0] == texts[1] and len(rows) == 10 and set(rows[0]) == {"sentence", "label"}
     assert [row["sentence"] for row in rows] != [f"s{i}" for i in range(10)]
     assert len((tmp_path / "a" / "test.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_deep_teacher_begins_as_layers_of_a_shallow_one(tmp_path: Path) -> None:
+    teacher = by_name()["teacher"]
+    assert [cell.name for cell in in_order([teacher])] == ["shallow teacher", "teacher"]
+    assert by_name(dataclasses.replace(SMALL, base_layers=0))["teacher"].model == SMALL.teacher
+    config = tiny_encoder("bert").config  # of 3 layers
+    shallow = BertForMaskedLM(config).eval()
+    shallow.save_pretrained(tmp_path / "shallow")
+    word_tokenizer().save_pretrained(tmp_path / "shallow")
+    stack_layers(tmp_path / "shallow", 7, 0.0, tmp_path / "deep")
+    deep = BertForMaskedLM.from_pretrained(tmp_path / "deep")
+    assert deep.config.num_hidden_layers == 7 and deep.config.hidden_dropout_prob == 0
+    ids = torch.tensor([[0, 5, 6, 2]])
+    with torch.no_grad():
+        states = deep(ids, output_hidden_states=True).hidden_states
+        expected = shallow(ids, output_hidden_states=True).hidden_states
+        again = shallow.bert.encoder.layer[0](expected[3])
+        again = again[0] if isinstance(again, tuple) else again
+    assert all(torch.equal(a, b) for a, b in zip(states[:4], expected, strict=True))
+    assert torch.allclose(states[4], again, atol=1e-5)
+    assert all(
+        torch.equal(tensor, deep.state_dict()[name])
+        for name, tensor in shallow.state_dict().items()
+    )  # fmt: skip
 
 
 def test_dropout_is_written_into_a_checkpoint(tmp_path: Path) -> None:
@@ -229,5 +258,6 @@ def test_only_names_cells_and_what_they_stand_on(
     monkeypatch.setattr(sys, "argv", ["encoder_methods.py", *words])
     assert encoder_methods.main() == 0
     assert capsys.readouterr().out.splitlines() == [
-        "missing text teacher", "missing text narrow/minilm2", "missing task blimp/narrow/minilm2/3",
+        "missing text shallow teacher", "missing text teacher", "missing text narrow/minilm2",
+        "missing task blimp/narrow/minilm2/3",
     ]  # fmt: skip
