@@ -23,6 +23,7 @@ RECIPE_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "method": (str, f"how the student learns: {', '.join(METHODS)} (dq)"),
     "task": (str, f"what the model is for: {', '.join(METRICS)} (as the teacher's class says)"),
     "epochs": (float, "passes over the data; 0 quantizes without training"),
+    "max_steps": (int, "optimizer steps, of each part of a method, in place of epochs"),
     "batch_size": (int, "examples per step and process"),
     "learning_rate": (float, "peak learning rate (by bits and width)"),
     "source_column": (str, "column of the inputs (guessed)"),

@@ -22,10 +22,12 @@ def packed(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_flag_over_file_over_preset(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("teacher: here\noutput: there\nbits: 4-4-8\nlayers: 3-1\nlosses:\n  task: 0.5\n")
-    args = parser().parse_args(["compress", "--config", str(file), "--preset", "int8", "--layers", "6-3"])
+    args = parser().parse_args(
+        ["compress", "--config", str(file), "--preset", "int8", "--layers", "6-3", "--max-steps", "7"]
+    )
     recipe, run = recipe_and_run(args)
     assert (recipe.bits.text, recipe.layers.text, recipe.epochs, recipe.losses.task) == ("4-4-8", "6-3", 1.0, 0.5)
-    assert run == {"teacher": "here", "output": "there"}
+    assert run == {"teacher": "here", "output": "there"} and recipe.max_steps == 7
 
 
 def test_every_recipe_flag_is_a_recipe_field() -> None:
