@@ -176,7 +176,7 @@ class S2sCollator:
     `rate` in pseudo mode is the share of the history that is replaced by its covered form, so that the model
     learns to go on after mistakes of its own (s2s-ft's target_mask_prob, 0.5); every token is predicted. In masked mode
     it is the share to predict, at least one token (UniLM's 0.7). With all three rates 0, pseudo logits are those of
-    decoding: for validation. Choices come from the item's `seed`, if it has one (`SeededItems`), else from `generator`.
+    decoding: for validation. What is drawn for an item follows its `seed` (`SeededItems`); without one, 0.
     Raises `ValueError` for an unknown mode, a rate outside 0..1, items without labels, and rows too long.
     """
 
@@ -186,7 +186,6 @@ class S2sCollator:
     random_rate: float = 0.1
     keep_rate: float = 0.1
     multiple_of: int = 1
-    generator: "torch.Generator | None" = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("pseudo", "masked"):
@@ -206,7 +205,7 @@ class S2sCollator:
 
         if any("labels" not in item for item in items):
             raise ValueError("items without labels; encode them with targets (encode_s2s)")
-        rows = [self._row(item["input_ids"], item["labels"], self._draw(item)) for item in items]
+        rows = [self._row(item["input_ids"], item["labels"], item.get("seed", 0)) for item in items]
         lengths_B = torch.tensor([len(row["labels"]) for row in rows])
         width = -(-int(lengths_B.max()) // self.multiple_of) * self.multiple_of
 
@@ -222,14 +221,10 @@ class S2sCollator:
         }
         return batch | {"token_type_ids": (order_BL > 0).long()} if self.layout.token_types else batch
 
-    def _draw(self, item: dict[str, Any]) -> "torch.Generator | None":
+    def _row(self, source: list[int], target: list[int], seed: int) -> dict[str, list[int]]:
         import torch
 
-        return torch.Generator().manual_seed(item["seed"]) if "seed" in item else self.generator
-
-    def _row(self, source: list[int], target: list[int], draw: "torch.Generator | None") -> dict[str, list[int]]:
-        import torch
-
+        draw = torch.Generator().manual_seed(seed)
         s, t = len(source), len(target)
         if s + t > self.layout.positions:
             raise ValueError(
@@ -257,7 +252,7 @@ class S2sCollator:
         }  # fmt: skip
         return {name: row[name] + copies[name] for name in row}
 
-    def _cover(self, target: list[int], draw: "torch.Generator | None") -> list[int]:
+    def _cover(self, target: list[int], draw: "torch.Generator") -> list[int]:
         import torch
 
         draws = torch.rand(len(target), generator=draw).tolist()

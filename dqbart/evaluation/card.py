@@ -244,8 +244,8 @@ def _recipe(report: dict[str, Any]) -> str:
     if any(recipe[name] for name in ("hidden_size", "heads", "intermediate_size")):
         origin = "Of a shape of its own, held to"
     lines = [
-        f"{origin} the teacher's layers {maps}. Method `{recipe['method']}`, task `{recipe['task']}`. "
-        f"" + (f"Numerics `{recipe['numerics']}`, stored as `{recipe['storage']}`." if _quantized(report) else "")
+        f"{origin} the teacher's layers {maps}. Method `{recipe['method']}`, task `{recipe['task']}`."
+        + (f" Numerics `{recipe['numerics']}`, stored as `{recipe['storage']}`." if _quantized(report) else "")
     ]
     if "training" in report["seconds"]:
         length = f"{recipe['max_steps']} steps" if recipe["max_steps"] else f"{recipe['epochs']:g} epochs"
