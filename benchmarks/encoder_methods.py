@@ -25,7 +25,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -35,7 +34,7 @@ from typing import Any
 from encoder_methods_cells import STUDIES, Cell, Data, Shape, Stacked, Study, cells, in_order, quantized
 from encoder_methods_tables import best
 from encoder_methods_tables import table as table  # where every benchmark has it
-from ledger import RESULTS, Ledger
+from ledger import RESULTS, Ledger, resumable
 
 KEYS = ("study", "cell")
 SPLITS = ("train", "validation", "test")
@@ -277,34 +276,27 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+@resumable
 def main() -> int:
     args = parse_arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run in the background is stopped like one in front
     with tempfile.TemporaryDirectory() as scratch:
         size = "quick" if args.quick else args.size
-        try:
-            study = STUDIES[size].times(args.steps)
-            results = args.out or (Path(scratch) if args.quick else RESULTS) / "encoder_methods.json"
-            ledger = Ledger(results, KEYS)
-            everything = cells(study)
-            chosen = in_order(cell for cell in everything if args.only is None or args.only in cell.title)
-            if args.list:
-                for cell in chosen:
-                    print("done   " if is_done(cell, study, ledger) else "missing", cell.title)
-                return 0
-            workshop = Workshop(args.data, (args.work or Path(scratch)) / size, args.device, args.bf16)
-            failed = run(chosen, study, ledger, workshop)
-            task = next(iter(study.task_steps))
-            own = [row for row in ledger.rows if row["study"] == str(study)]
-            winner = best(own, task, str(study.narrow))
-            if winner is not None and args.only in (None, "quantized"):
-                failed += run(quantized(study, everything, winner), study, ledger, workshop)
-        except KeyboardInterrupt:
-            say("interrupted: finished cells are kept; the same command goes on")
-            return 130
-        except (ValueError, OSError) as error:
-            say(str(error))
-            return 2
+        study = STUDIES[size].times(args.steps)
+        results = args.out or (Path(scratch) if args.quick else RESULTS) / "encoder_methods.json"
+        ledger = Ledger(results, KEYS)
+        everything = cells(study)
+        chosen = in_order(cell for cell in everything if args.only is None or args.only in cell.title)
+        if args.list:
+            for cell in chosen:
+                print("done   " if is_done(cell, study, ledger) else "missing", cell.title)
+            return 0
+        workshop = Workshop(args.data, (args.work or Path(scratch)) / size, args.device, args.bf16)
+        failed = run(chosen, study, ledger, workshop)
+        task = next(iter(study.task_steps))
+        own = [row for row in ledger.rows if row["study"] == str(study)]
+        winner = best(own, task, str(study.narrow))
+        if winner is not None and args.only in (None, "quantized"):
+            failed += run(quantized(study, everything, winner), study, ledger, workshop)
         print(table(ledger.rows))
         print(json.dumps({"rows": len(ledger.rows), "failed": failed}))
     return int(bool(failed))

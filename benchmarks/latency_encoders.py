@@ -21,7 +21,6 @@ code 1 if an fp32 peer's vectors differ in most rows.
 import argparse
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -34,7 +33,7 @@ from latency import EXACT_PEERS, Case, Team, check, shared_arguments, take_turns
 from latency_figures import ORACLE, agreement, ratio
 from latency_models import SHAPES, Models
 from latency_tables import REFERENCE, Row, number, spread
-from ledger import RESULTS, Ledger, markdown
+from ledger import RESULTS, Ledger, markdown, resumable
 from peers import System, systems
 
 KEYS = ("device", "base", "shape", "system", "bits", "source", "batch", "threads")
@@ -214,20 +213,13 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+@resumable
 def main(words: list[str] | None = None) -> int:
     args = parse_arguments(words)
     with tempfile.TemporaryDirectory() as scratch:
-        try:
-            chosen = check(args)
-            ledger = Ledger(args.out or (Path(scratch) if args.quick else RESULTS) / "latency_encoders.json", KEYS)
-            try:
-                fill(ledger, args, chosen)
-            except KeyboardInterrupt:
-                print(f"interrupted: {len(ledger.rows)} rows; the same command goes on", file=sys.stderr)
-                return 130
-        except (ValueError, OSError) as error:
-            print(error, file=sys.stderr)
-            return 2
+        chosen = check(args)
+        ledger = Ledger(args.out or (Path(scratch) if args.quick else RESULTS) / "latency_encoders.json", KEYS)
+        fill(ledger, args, chosen)
     print(table(ledger.rows))
     different = [name for name in EXACT_PEERS if _differs(ledger.rows, name)]
     for name in different:
@@ -243,5 +235,4 @@ def _differs(rows: list[Row], name: str) -> bool:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's way to say Ctrl-C
     sys.exit(main())

@@ -5,13 +5,15 @@ again by their key, a rerun measures only what is missing, and every row points 
 commit, versions, processor. Rejected: a file per run (tables would have to choose) and CSV (rows differ in fields).
 """
 
+import functools
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,28 @@ def _flags() -> list[str]:
     info = Path("/proc/cpuinfo")
     words = set(info.read_text().split()) if info.exists() else set()
     return [flag for flag in FLAGS if flag in words]
+
+
+def resumable(main: Callable[..., int]) -> Callable[..., int]:
+    """A benchmark whose Ctrl-C, or a batch system's SIGTERM, is one line and exit code 130, and what its user can mend
+    (`ValueError`, `OSError`) one line and 2. Rows are in their files by then.
+    """
+
+    @functools.wraps(main)
+    def guarded(*words: Any) -> int:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            return main(*words)
+        except KeyboardInterrupt:
+            print("interrupted: the same command goes on with what its results file lacks", file=sys.stderr)
+            return 130
+        except (ValueError, OSError) as error:
+            print(error, file=sys.stderr)
+            return 2
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return guarded
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ledger import RESULTS, Ledger, markdown
+from ledger import RESULTS, Ledger, markdown, resumable
 from products import KERNELS, SHAPES, Kernel, Shape, error_of, random_activations, random_codes
 
 if TYPE_CHECKING:
@@ -382,18 +382,12 @@ def measure_all(ledger: Ledger, args: argparse.Namespace) -> int:
     return wrong
 
 
+@resumable
 def main() -> int:
     args = parse_arguments()
     with tempfile.TemporaryDirectory() as scratch:
-        try:
-            ledger = Ledger(args.out or (Path(scratch) if args.quick else RESULTS) / "matmul.json", KEYS)
-            wrong = measure_all(ledger, args)
-        except KeyboardInterrupt:
-            print("interrupted: finished rows are kept; the same command goes on", file=sys.stderr)
-            return 130
-        except (ValueError, OSError) as error:
-            print(error, file=sys.stderr)
-            return 2
+        ledger = Ledger(args.out or (Path(scratch) if args.quick else RESULTS) / "matmul.json", KEYS)
+        wrong = measure_all(ledger, args)
     print(table(ledger.rows))
     print(json.dumps({"rows": len(ledger.rows), "wrong": wrong}))
     return int(wrong > 0)

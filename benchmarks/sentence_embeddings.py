@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ledger import RESULTS, Ledger, markdown
+from ledger import RESULTS, Ledger, markdown, resumable
 
 KEYS = ("model", "bits", "layers", "steps", "seed")
 # bits, layers, steps of distillation; the first is the original.
@@ -181,6 +181,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown([*header, "one text", "batch of 32"], lines)
 
 
+@resumable
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="folder of the sentence-transformers checkpoint")
@@ -194,19 +195,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        try:
-            ledger = Ledger(args.out or (Path(scratch) if args.quick else RESULTS) / "sentence_embeddings.json", KEYS)
-            for seed in args.seeds:
-                for bits, layers, steps in QUICK if args.quick else CELLS:
-                    key = dict(model=Path(args.model).parent.name, bits=bits, layers=layers, steps=steps, seed=seed)
-                    if ledger.find(**key) is None:
-                        ledger.add(cell(args.model, key, args, args.work or Path(scratch)))
-        except KeyboardInterrupt:
-            print("interrupted: finished rows are kept; the same command goes on", file=sys.stderr)
-            return 130
-        except (ValueError, OSError) as error:
-            print(error, file=sys.stderr)
-            return 2
+        ledger = Ledger(args.out or (Path(scratch) if args.quick else RESULTS) / "sentence_embeddings.json", KEYS)
+        for seed in args.seeds:
+            for bits, layers, steps in QUICK if args.quick else CELLS:
+                key = dict(model=Path(args.model).parent.name, bits=bits, layers=layers, steps=steps, seed=seed)
+                if ledger.find(**key) is None:
+                    ledger.add(cell(args.model, key, args, args.work or Path(scratch)))
     print(table(ledger.rows))
     missed = [
         f"{row['bits']} {row['layers']}" for row in ledger.rows

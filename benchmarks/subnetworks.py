@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ledger import RESULTS, Ledger, markdown
+from ledger import RESULTS, Ledger, markdown, resumable
 
 KEYS = ("teacher", "data", "how", "width", "depth", "steps", "seed")
 HOW = ("untrained", "alone", "dynabert")
@@ -140,24 +139,17 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@resumable
 def main() -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     args = parse_arguments()
     with tempfile.TemporaryDirectory() as scratch:
         args.work = args.work or Path(scratch)
-        try:
-            ledger = Ledger(args.out or (Path(scratch) if args.quick else RESULTS) / "subnetworks.json", KEYS)
-            names = (Path(args.teacher).name, args.data.name)
-            for seed, how, depth, width in product(args.seeds, HOW, args.depths, args.widths):
-                key = dict(zip(KEYS, (*names, how, width, depth, args.steps, seed), strict=True))
-                if ledger.find(**key) is None:
-                    ledger.add(key | Study(args, seed).row(how, width, depth))
-        except KeyboardInterrupt:
-            print("interrupted: finished rows are kept; the same command goes on", file=sys.stderr)
-            return 130
-        except (ValueError, OSError) as error:
-            print(error, file=sys.stderr)
-            return 2
+        ledger = Ledger(args.out or (Path(scratch) if args.quick else RESULTS) / "subnetworks.json", KEYS)
+        names = (Path(args.teacher).name, args.data.name)
+        for seed, how, depth, width in product(args.seeds, HOW, args.depths, args.widths):
+            key = dict(zip(KEYS, (*names, how, width, depth, args.steps, seed), strict=True))
+            if ledger.find(**key) is None:
+                ledger.add(key | Study(args, seed).row(how, width, depth))
     print(table(ledger.rows))
     print(json.dumps({"rows": len(ledger.rows)}))
     return 0

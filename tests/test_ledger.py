@@ -1,9 +1,12 @@
 """Results survive interruption, find their rows again, and say which run made them."""
 
 import json
+import os
+import signal
+import time
 
 import pytest
-from ledger import Ledger, describe_run, markdown
+from ledger import Ledger, describe_run, markdown, resumable
 
 
 def test_rows_are_found_again_and_replaced(tmp_path):
@@ -51,3 +54,23 @@ def test_a_run_names_commit_command_and_versions():
 
 def test_markdown():
     assert markdown(["a", "b"], [[1, None]]) == "| a | b |\n| --- | --- |\n| 1 |  |"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_benchmark_is_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert resumable(lambda: os.kill(os.getpid(), number) or time.sleep(60) or 0)() == 130
+    said = capsys.readouterr().err
+    assert said == "interrupted: the same command goes on with what its results file lacks\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_a_user_can_mend_is_one_line_and_the_rest_is_not_hidden(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(error: Exception) -> int:
+        raise error
+
+    assert resumable(fails)(FileNotFoundError("no such folder")) == 2
+    assert capsys.readouterr().err == "no such folder\n"
+    assert resumable(lambda: 1)() == 1
+    with pytest.raises(KeyError):
+        resumable(fails)(KeyError("a defect"))
