@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 
 from dqbart.distill.objective import Objective
+from dqbart.notation import Layers
 from dqbart.quant.attention import use_attention
 from dqbart.quant.layers import prepare
-from dqbart.recipe import Layers, Recipe
+from dqbart.recipe import Recipe
 from dqbart.student.depth import make_student, stack_maps
 
 TOLERANCE = 1e-4

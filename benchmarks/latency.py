@@ -306,7 +306,7 @@ def check(args: argparse.Namespace) -> list[System]:
     """The systems to run, and `args` completed. Raises `ValueError` for values that can't work."""
     import torch
 
-    from dqbart.recipe import Bits, Layers
+    from dqbart.notation import Bits, Layers
 
     gpu = torch.cuda.is_available()
     args.device = args.device or ("cuda" if gpu else "cpu")

@@ -126,7 +126,7 @@ def save_float(name: str, layers: str, teacher: Path | None, folder: Path) -> No
     import transformers
     from tokenizers import Tokenizer, models
 
-    from dqbart.recipe import Layers
+    from dqbart.notation import Layers
     from dqbart.student.depth import make_student
 
     shape = SHAPES[name]

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dqbart.recipe import Bits, Layers, Recipe, read_yaml
+from dqbart.notation import Bits, Layers
+from dqbart.recipe import Recipe, read_yaml
 
 KEYS = ("task", "bits", "layers", "numerics", "distillation", "seed")
 FLOAT, INTEGER, DISTILLED, TEACHER = "32-32-32", "integer", "distilled", "teacher"

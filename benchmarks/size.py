@@ -115,7 +115,7 @@ def formulas(model: Any, bits: str) -> tuple[int, int]:
     """Bytes by conventions A and B."""
     from torch import nn
 
-    from dqbart.recipe import Bits
+    from dqbart.notation import Bits
 
     wanted, vocabulary = Bits(bits), model.get_input_embeddings().weight
     a = b = 0

@@ -116,8 +116,8 @@ def shapes_only(shape: Shape, layers: str, bits: str) -> Model:
     import transformers
 
     from dqbart.engines.native import FAMILIES, _seq2seq, native_name
+    from dqbart.notation import Bits
     from dqbart.packed.layout import FIELD_BITS, words_per_row
-    from dqbart.recipe import Bits
 
     cls = getattr(transformers, shape.architecture)
     depth = dict(zip(("encoder_layers", "decoder_layers"), map(int, layers.split("-")), strict=True))

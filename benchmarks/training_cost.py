@@ -34,10 +34,11 @@ def serve(args: argparse.Namespace) -> None:
 
     from dqbart.distill.capture import autocast
     from dqbart.distill.objective import Objective
+    from dqbart.notation import Bits, Layers
     from dqbart.quant import quantizers
     from dqbart.quant.attention import use_attention
     from dqbart.quant.layers import prepare
-    from dqbart.recipe import PAPER_LOSSES, Bits, Layers, LossWeights, Recipe
+    from dqbart.recipe import PAPER_LOSSES, LossWeights, Recipe
     from dqbart.student.depth import make_student, stack_maps
 
     torch.manual_seed(0)

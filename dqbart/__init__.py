@@ -15,15 +15,16 @@ from dqbart.packed import hook
 if TYPE_CHECKING:
     from dqbart.engines import load
     from dqbart.extraction import extract
+    from dqbart.notation import Bits, Layers
     from dqbart.pipeline import compress
-    from dqbart.recipe import Bits, Layers, Recipe
+    from dqbart.recipe import Recipe
 
 __all__ = ["Bits", "Layers", "Recipe", "compress", "extract", "load"]
 __version__ = "0.1.0"
 
 _HOME = {
-    "Bits": "dqbart.recipe",
-    "Layers": "dqbart.recipe",
+    "Bits": "dqbart.notation",
+    "Layers": "dqbart.notation",
     "Recipe": "dqbart.recipe",
     "compress": "dqbart.pipeline",
     "extract": "dqbart.extraction",

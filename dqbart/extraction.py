@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dqbart.notation import Layers
 from dqbart.pipeline import ELASTIC, Result, pack, quantize, say, sizes
-from dqbart.recipe import Layers, Recipe
+from dqbart.recipe import Recipe
 
 
 def extract(folder: str | Path, *, output: str | Path, width: float = 1.0, depth: float = 1.0) -> Result:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dqbart.data.columns import sample
-from dqbart.recipe import Recipe, stack_words
+from dqbart.recipe import Recipe
 from dqbart.run import Run, data_fingerprint, teacher_fingerprint
+from dqbart.student.maps import stack_words
 
 ELASTIC = "elastic"  # the float network, beside a packed one whose sub-networks are to be cut
 

@@ -8,7 +8,6 @@ learning rate left out) are filled in by `Recipe.resolve` before anything runs.
 
 import dataclasses
 import difflib
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -16,6 +15,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from dqbart.architectures import first_position
 from dqbart.methods import (
     BOTH,
     DEPTH_LOSSES,
@@ -26,11 +26,9 @@ from dqbart.methods import (
     LossWeights,
     number,
 )
+from dqbart.notation import Bits, Layers
 
-__all__ = ["Bits", "Layers", "LossWeights", "PAPER_LOSSES", "PRESETS", "Recipe", "first_position", "read_yaml"]
-
-WEIGHT_BITS = (1, 2, 3, 4, 8, 32)
-ACTIVATION_BITS = (8, 32)
+__all__ = ["LossWeights", "PAPER_LOSSES", "PRESETS", "Recipe", "read_yaml"]
 
 T = TypeVar("T")
 
@@ -55,64 +53,6 @@ LEARNING_RATE = {1: 2.5e-4, 2: 3e-4, 3: 1.5e-4, 4: 1e-4, 8: 5e-5, 32: 5e-5}
 def _suggest(name: str, allowed: list[str]) -> str:
     close = difflib.get_close_matches(name, allowed, n=1)
     return f"did you mean {close[0]!r}? " if close else ""
-
-
-@dataclass(frozen=True)
-class Bits:
-    """Bit widths as `W-E-A`: linear weights, embeddings (with the tied lm_head), activations.
-
-    Two bits are ternary {-1, 0, 1}; 32 means "left in float". `Bits("2-2-8").weights == 2`.
-    Raises `ValueError` for anything else than three allowed numbers joined by dashes.
-    """
-
-    text: str
-    weights: int = field(init=False, compare=False, repr=False)
-    embeddings: int = field(init=False, compare=False, repr=False)
-    activations: int = field(init=False, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        match = re.fullmatch(r"(\d+)-(\d+)-(\d+)", self.text) if isinstance(self.text, str) else None
-        numbers = tuple(int(n) for n in match.groups()) if match else ()
-        if not numbers or not {numbers[0], numbers[1]} <= set(WEIGHT_BITS) or numbers[2] not in ACTIVATION_BITS:
-            raise ValueError(
-                f"bits {self.text!r}: expected W-E-A, such as 2-2-8, with weights and embeddings in "
-                f"{WEIGHT_BITS} and activations in {ACTIVATION_BITS}"
-            )
-        if numbers == (32, 32, 8):
-            raise ValueError(f"bits {self.text!r}: 8-bit activations need quantized weights; expected such as 8-8-8")
-        object.__setattr__(self, "text", "{}-{}-{}".format(*numbers))
-        for name, value in zip(("weights", "embeddings", "activations"), numbers, strict=True):
-            object.__setattr__(self, name, value)
-
-    def __str__(self) -> str:
-        return self.text
-
-    @property
-    def quantized(self) -> bool:
-        return self.text != "32-32-32"
-
-
-@dataclass(frozen=True)
-class Layers:
-    """Number of layers kept: `E-D` for encoder-decoders (`6-3`), one number (`6`) for encoders."""
-
-    text: str
-    encoder: int = field(init=False, compare=False, repr=False)
-    decoder: int | None = field(init=False, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(self.text))
-        numbers = [int(n) for n in match.groups() if n is not None] if match else [0]
-        if min(numbers) < 1:
-            raise ValueError(
-                f"layers {self.text!r}: expected E-D, such as 6-3, or one number for an encoder; at least 1 each"
-            )
-        object.__setattr__(self, "text", "-".join(map(str, numbers)))
-        object.__setattr__(self, "encoder", numbers[0])
-        object.__setattr__(self, "decoder", numbers[1] if len(numbers) == 2 else None)
-
-    def __str__(self) -> str:
-        return self.text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,7 +291,7 @@ class Recipe:
             "max_source_length": min(self.max_source_length, positions),
             "max_target_length": min(self.max_target_length, positions - 1),
         }
-        own = _layers_of(config if student is None else student)
+        own = Layers.of(config if student is None else student)
         if student is not None and (self.is_narrow or self.layers not in (None, own)):
             raise ValueError(f"layers {self.layers}: the student that is given has {own} and a shape; leave these out")
         if self.layers is None:
@@ -398,7 +338,7 @@ class Recipe:
         given = {name: getattr(self, name) for name in ("family", *SHAPE)}
         given |= {
             "student": None if student is None else student.model_type,
-            "layers": None if self.layers == _layers_of(config) else self.layers,
+            "layers": None if self.layers == Layers.of(config) else self.layers,
             "layer_map": list(self.layer_map) if isinstance(self.layer_map, tuple) else None,
         }
         for name, value in given.items():
@@ -430,23 +370,6 @@ class Recipe:
             self,
             dataclasses.replace(self, method=then, losses=second, epochs=self.prediction_epochs),
         ]
-
-
-def stack_words(maps: dict[str, list[int]]) -> str:
-    """Layer maps for people: `encoder [0, 5], decoder [5]`, or `[0, 5]` of a model with one stack."""
-    if len(maps) == 1:
-        return str(next(iter(maps.values())))
-    return ", ".join(f"{field.removesuffix('_layers')} {mapping}" for field, mapping in maps.items())
-
-
-def first_position(config: Any) -> int:
-    """Where an encoder's positions begin: RoBERTa's do after the padding token's."""
-    return int(config.pad_token_id) + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
-
-
-def _layers_of(config: Any) -> Layers:
-    decoder = f"-{config.decoder_layers}" if config.is_encoder_decoder else ""
-    return Layers(f"{config.num_hidden_layers if not decoder else config.encoder_layers}{decoder}")
 
 
 def _shares(name: str, given: Any) -> tuple[float, ...]:

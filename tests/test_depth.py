@@ -7,9 +7,9 @@ import torch
 from tiny_models import SEQ2SEQ, tiny_encoder, tiny_seq2seq, token_batch
 from transformers import T5Config
 
+from dqbart.notation import Layers
 from dqbart.quant.attention import use_attention
 from dqbart.quant.layers import FakeQuantLinear, prepare
-from dqbart.recipe import Layers
 from dqbart.student.depth import make_student, stack_maps
 from dqbart.student.maps import kept_layers, layer_map, mapped_layers
 

@@ -16,9 +16,10 @@ from dqbart.distill import encoder_objective as module
 from dqbart.distill.encoder_objective import EncoderObjective
 from dqbart.distill.trainer import training_arguments
 from dqbart.methods import METHODS, OF_ENCODERS, only
+from dqbart.notation import Layers
 from dqbart.quant.attention import use_attention
 from dqbart.quant.layers import prepare
-from dqbart.recipe import Layers, Recipe
+from dqbart.recipe import Recipe
 from dqbart.student.depth import make_student, stack_maps
 
 COMPARED = tuple(name for name in OF_ENCODERS if name != "order")  # with the teacher

@@ -13,9 +13,10 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 from dqbart_kernels.gpu import model as gpu_model  # noqa: E402
 from dqbart_kernels.gpu.model import Model  # noqa: E402
 
+from dqbart.architectures import first_position  # noqa: E402
 from dqbart.engines import load  # noqa: E402
 from dqbart.engines.encoder import NativeBase  # noqa: E402
-from dqbart.engines.native import first_position, open_native  # noqa: E402
+from dqbart.engines.native import open_native  # noqa: E402
 from dqbart.engines.text import TextModel  # noqa: E402
 from dqbart.packed.checkpoint import load_packed  # noqa: E402
 from dqbart.packed.verify import build_skeleton, read_config, read_spec  # noqa: E402

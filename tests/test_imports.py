@@ -26,7 +26,7 @@ LEVELS = [
     {"student", "data", "packed"},
     {"quant"},
     {"recipe"},
-    {"methods"},
+    {"methods", "notation", "architectures"},
     {"dqbart_kernels"},
 ]
 DEPTH = {part: level for level, parts in enumerate(LEVELS) for part in parts}
@@ -137,8 +137,8 @@ def test_importing_layers_needs_no_transformers() -> None:
 
 
 def test_public_names() -> None:
-    for name in ("Bits", "Layers", "Recipe"):
-        assert getattr(dqbart, name).__module__ == "dqbart.recipe"
+    for name, home in (("Bits", "notation"), ("Layers", "notation"), ("Recipe", "recipe")):
+        assert getattr(dqbart, name).__module__ == f"dqbart.{home}"
     assert callable(dqbart.compress) and callable(dqbart.load)
     assert {"Bits", "Layers", "Recipe", "compress", "load"} <= set(dir(dqbart))
     with pytest.raises(AttributeError, match="module 'dqbart' has no attribute 'Recipee': it has "):

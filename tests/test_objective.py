@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from dqbart.distill import objective as module
 from dqbart.distill.objective import Objective
+from dqbart.notation import Layers
 from dqbart.quant.attention import use_attention
 from dqbart.quant.layers import prepare
-from dqbart.recipe import PAPER_LOSSES, Layers, LossWeights, Recipe
+from dqbart.recipe import PAPER_LOSSES, LossWeights, Recipe
 from dqbart.student.depth import make_student, stack_maps
 
 ALL = Recipe(losses=PAPER_LOSSES)

@@ -9,9 +9,9 @@ from tiny_models import FAMILIES, SEQ2SEQ, inputs_for, tiny, tiny_encoder, tiny_
 from torch import nn
 from torch.nn import functional as F
 
+from dqbart.notation import Bits
 from dqbart.quant.layers import FakeQuantEmbedding, FakeQuantLinear, prepare, quantizable
 from dqbart.quant.quantizers import Quantizer
-from dqbart.recipe import Bits
 
 # linear layers inside one encoder or decoder layer, and modules that hold the vocabulary matrix
 COUNTS = {

@@ -12,7 +12,8 @@ from tiny_models import tiny_encoder, tiny_seq2seq
 from transformers import BartConfig
 
 from dqbart.methods import BOTH, METHODS, OF_ENCODER_DECODERS
-from dqbart.recipe import PAPER_LOSSES, PRESETS, Bits, Layers, LossWeights, Recipe, read_yaml
+from dqbart.notation import Bits, Layers
+from dqbart.recipe import PAPER_LOSSES, PRESETS, LossWeights, Recipe, read_yaml
 
 
 @pytest.mark.parametrize("text", ["2-2-8", "1-4-32", "32-32-32", "8-3-8"])

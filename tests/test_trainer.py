@@ -19,9 +19,10 @@ from dqbart.distill import trainer as module
 from dqbart.distill.objective import Objective
 from dqbart.distill.trainer import DistillationTrainer, load_weights, train, training_arguments
 from dqbart.evaluation.metrics import Score
+from dqbart.notation import Layers
 from dqbart.quant.attention import use_attention
 from dqbart.quant.layers import prepare
-from dqbart.recipe import Layers, LossWeights, Recipe
+from dqbart.recipe import LossWeights, Recipe
 from dqbart.student.depth import make_student, stack_maps
 
 FEW = LossWeights(encoder_attention=1.0, decoder_hidden=0.5)

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dqbart.architectures import first_position
 from dqbart.data.batches import model_inputs
 from dqbart.distill import losses
 from dqbart.distill.capture import autocast, forward_with_attention, without_logits
 from dqbart.distill.chunked import chunked_terms
 from dqbart.packed.sentence import Pooling, pool
 from dqbart.quant.attention import AttentionRecord
-from dqbart.recipe import Recipe, first_position
+from dqbart.recipe import Recipe
 
 MAPS = ("attention", "scores")
 RELATIONS = {"queries": "query", "keys": "key", "values": "value"}

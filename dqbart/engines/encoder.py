@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqbart.engines.native import Runner, check_runs, first_position, open_native
+from dqbart.architectures import first_position
+from dqbart.engines.native import Runner, check_runs, open_native
 from dqbart.packed import shards
 from dqbart.packed.verify import build_skeleton, read_config, read_spec
 

@@ -17,6 +17,7 @@ from dqbart_kernels import cpu as native
 from dqbart_kernels.sizes import ACTIVATIONS
 from torch import Tensor
 
+from dqbart.architectures import first_position
 from dqbart.packed import shards
 from dqbart.packed.layout import FIELD_BITS, as_bytes, as_words, pack, unpack_trits
 from dqbart.packed.skeleton import expected_tensors
@@ -262,11 +263,6 @@ def _encoder(skeleton: Any) -> tuple[dict[str, int], float, float]:
         1.0,
         embeddings.LayerNorm.eps,
     )  # fmt: skip
-
-
-def first_position(config: Any) -> int:
-    """Position of the first token: RoBERTa's count from behind the padding's."""
-    return int(config.pad_token_id) + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
 
 
 def _floats(info: shards.TensorInfo) -> native.F32:

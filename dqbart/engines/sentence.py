@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dqbart.architectures import first_position
 from dqbart.data.batches import Collator, encode_pairs, progress_bar
-from dqbart.engines.native import first_position
 from dqbart.packed.sentence import MODULES, Pooling, pool, read_pooling
 
 

@@ -28,8 +28,8 @@ def warm_up(
     import torch
     from triton import knobs
 
+    from dqbart.architectures import first_position
     from dqbart.engines import load_model
-    from dqbart.engines.native import first_position
 
     for name, values in (("batch_sizes", batch_sizes), ("beams", beams)):
         if not values or min(values) < 1:

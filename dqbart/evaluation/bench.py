@@ -34,9 +34,10 @@ def bench(
     """
     import torch
 
+    from dqbart.architectures import first_position
     from dqbart.engines import load_model
     from dqbart.engines.cpu import CpuRunner
-    from dqbart.engines.native import Runner, first_position, unsuitable
+    from dqbart.engines.native import Runner, unsuitable
     from dqbart.engines.triton import GpuRunner
     from dqbart.packed.verify import read_config, read_spec
 

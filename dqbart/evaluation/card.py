@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dqbart.methods import METHODS
-from dqbart.recipe import stack_words
+from dqbart.student.maps import stack_words
 
 MIB = 2**20
 NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum", "bleu": "BLEU",

@@ -18,7 +18,7 @@ from dqbart.evaluation.metrics import Score
 from dqbart.evaluation.page import Block, Example, Page, Section, Table
 from dqbart.evaluation.plots import Point, require_matplotlib
 from dqbart.evaluation.sections import Row, mib
-from dqbart.recipe import stack_words
+from dqbart.student.maps import stack_words
 
 
 @dataclass(frozen=True)

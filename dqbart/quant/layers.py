@@ -23,11 +23,11 @@ from dqbart_kernels.integer_matmul import PreparedWeight, float_matmul, prepare_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dqbart.notation import Bits
 from dqbart.quant.attention import quantize_attention, without_autocast
 from dqbart.quant.quantizers import PaperQuantizer, Quantizer
 from dqbart.quant.rounding import round_once
 from dqbart.quant.sharing import require_tied
-from dqbart.recipe import Bits
 
 SUPPORTED = ("bart", "mbart", "bert", "roberta", "xlm-roberta", "distilbert", "albert")
 

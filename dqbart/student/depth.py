@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from dqbart.recipe import Layers
+from dqbart.notation import Layers
 from dqbart.student.maps import MAPS, mapped_layers
 from dqbart.student.shape import student_config
 

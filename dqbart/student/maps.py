@@ -74,3 +74,10 @@ def kept_layers(layers: int, depth: float) -> list[int]:
     if not 0 < depth <= 1 or round(layers * depth) < 1:
         raise ValueError(f"depth {depth!r} of {layers} layers: expected above 0 to 1, and to leave a layer")
     return [int(i / depth) for i in range(round(layers * depth))]
+
+
+def stack_words(maps: dict[str, list[int]]) -> str:
+    """Layer maps for people: `encoder [0, 5], decoder [5]`, or `[0, 5]` of a model with one stack."""
+    if len(maps) == 1:
+        return str(next(iter(maps.values())))
+    return ", ".join(f"{field.removesuffix('_layers')} {mapping}" for field, mapping in maps.items())

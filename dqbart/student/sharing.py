@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dqbart.architectures import first_position
 from dqbart.quant.sharing import FIELD, check_sharing, keep_whole, shared_parts, tie_layers
-from dqbart.recipe import first_position
 from dqbart.student.maps import layer_map
 from dqbart.student.shape import check_heads, checked_layers, inherited, task_class, whole
 
