@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from ledger import RESULTS, Ledger, markdown
+from ledger import RESULTS, Ledger, markdown, resumable
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 KEYS = ("device", "what", "reload", "phases")
@@ -181,6 +181,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+@resumable
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--phases", type=int, default=40, help="an even number, default 40")
@@ -201,11 +202,7 @@ def main(words: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    try:
-        ledger = Ledger(args.out, KEYS)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    ledger = Ledger(args.out, KEYS)
     wrong = 0
     known = [row for row in ledger.rows if (row["device"], row["phases"]) == (properties.name, args.phases)]
     if args.again or not known:

@@ -25,7 +25,6 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import statistics
 import sys
 import tempfile
@@ -39,7 +38,7 @@ from typing import TypeVar
 from latency_figures import agreement, ratio
 from latency_models import SHAPES, Models, inputs
 from latency_tables import BEAMS, REFERENCE, Row, number, table
-from ledger import RESULTS, Ledger
+from ledger import RESULTS, Ledger, resumable
 from peers import CACHE, ENVS, Child, PeerFailed, System, systems
 
 KEYS = ("device", "shape", "layers", "system", "bits", "mode", "source", "batch", "threads")
@@ -343,22 +342,13 @@ def check(args: argparse.Namespace) -> list[System]:
     return [system for system in chosen if args.systems or system.devices != ("cuda",) or gpu]
 
 
+@resumable
 def main(words: list[str] | None = None) -> int:
     args = parse_arguments(words)
     with tempfile.TemporaryDirectory() as scratch:
-        try:
-            chosen = check(args)
-            ledger = Ledger(args.out or (Path(scratch) if args.quick else RESULTS) / "latency.json", KEYS)
-            try:
-                fill(ledger, args, chosen)
-            except KeyboardInterrupt:
-                lost = args.quick and not args.out
-                kept = "nothing is kept without --out" if lost else f"{len(ledger.rows)} rows are in {ledger.path}"
-                print(f"interrupted: {kept}; the same command goes on", file=sys.stderr)
-                return 130
-        except (ValueError, OSError) as error:
-            print(error, file=sys.stderr)
-            return 2
+        chosen = check(args)
+        ledger = Ledger(args.out or (Path(scratch) if args.quick else RESULTS) / "latency.json", KEYS)
+        fill(ledger, args, chosen)
     print(table(ledger.rows))
     different = [name for name in EXACT_PEERS if _differs(ledger.rows, name)]
     for name in different:
@@ -374,5 +364,4 @@ def _differs(rows: list[Row], name: str) -> bool:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's way to say Ctrl-C
     sys.exit(main())

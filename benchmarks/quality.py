@@ -17,7 +17,6 @@ Rejected: scores on dev (it chose the student) and one process for all (memory, 
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ledger import RESULTS, Ledger
+from ledger import RESULTS, Ledger, resumable
 from quality_grid import FLOAT, KEYS, MAIN, Cell, Row, fingerprint, read_grid
 from quality_tables import sensitivity_table
 from quality_tables import table as table  # where every benchmark has it
@@ -243,25 +242,13 @@ def run(args: argparse.Namespace) -> tuple[Ledger, int]:
     return ledger, run_grid(cells, ledger, args)
 
 
-def interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
+@resumable
 def main(words: list[str] | None = None) -> int:
     args = parse_arguments(words)
-    scratch = Path(tempfile.mkdtemp())
-    try:
+    with tempfile.TemporaryDirectory() as scratch:
         if args.quick:
-            quick_places(args, scratch)
+            quick_places(args, Path(scratch))
         ledger, failed = run(args)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on")
-        return 130
-    finally:
-        shutil.rmtree(scratch)
     if not args.list:
         print(sensitivity_table(ledger.rows) if args.sensitivity else table(ledger.rows))
     print(json.dumps({"rows": len(ledger.rows), "failed": failed}))
@@ -269,5 +256,4 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)
     sys.exit(main())

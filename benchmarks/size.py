@@ -19,7 +19,6 @@ Exit code 1 if a row is over the limit promised for it. --quick measures those r
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ledger import RESULTS, Ledger, markdown
+from ledger import RESULTS, Ledger, markdown, resumable
 
 MIB = 2**20
 KEYS = ("model", "layers", "bits", "format")
@@ -347,17 +346,12 @@ def fill_ledger(ledger: Ledger, args: argparse.Namespace) -> None:
                 add(peer_row(name, format, python))
 
 
+@resumable
 def main() -> int:
     args = parse_arguments()
-    scratch = Path(tempfile.mkdtemp())
-    try:
-        ledger = Ledger(args.out or (scratch if args.quick else RESULTS) / "size.json", KEYS)
+    with tempfile.TemporaryDirectory() as scratch:
+        ledger = Ledger(args.out or (Path(scratch) if args.quick else RESULTS) / "size.json", KEYS)
         fill_ledger(ledger, args)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    finally:
-        shutil.rmtree(scratch)
     print(table(ledger.rows))
     broken = [row for row in ledger.rows if row.get("promised_mib") and row["bytes"] > row["promised_mib"] * MIB]
     for row in broken:

@@ -28,7 +28,7 @@ from typing import Any
 
 from latency_models import SHAPES, Models, inputs
 from latency_tables import number
-from ledger import RESULTS, Ledger, markdown
+from ledger import RESULTS, Ledger, markdown, resumable
 from peers import CACHE, ENVS, System
 
 KEYS = ("device", "shape", "layers", "bits", "batch", "beams", "source", "tokens", "what", "phase")
@@ -309,27 +309,24 @@ def measure(args: argparse.Namespace, ledger: Ledger, device: Any, name: str) ->
             gc.collect()
 
 
+@resumable
 def main(words: list[str] | None = None) -> int:
     args = parse_arguments(words)
     if min(args.beams - 1, args.tokens, args.rounds, *args.batches, *(args.sources or [1])) < 1:
         print("beams from 2 on; tokens, rounds, batches and sources from 1 on", file=sys.stderr)
         return 2
-    try:
-        if args.count:
-            rows = count(args)
-            print(counted_table(rows))
-            print(json.dumps({"rows": rows}))
-            return 0
-        import torch
+    if args.count:
+        rows = count(args)
+        print(counted_table(rows))
+        print(json.dumps({"rows": rows}))
+        return 0
+    import torch
 
-        if not torch.cuda.is_available():
-            print("step.py measures on a GPU, and torch sees none here; --count needs none", file=sys.stderr)
-            return 2
-        ledger = Ledger(args.out, KEYS)
-        measure(args, ledger, torch.device("cuda"), torch.cuda.get_device_name())
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+    if not torch.cuda.is_available():
+        print("step.py measures on a GPU, and torch sees none here; --count needs none", file=sys.stderr)
         return 2
+    ledger = Ledger(args.out, KEYS)
+    measure(args, ledger, torch.device("cuda"), torch.cuda.get_device_name())
     print(table(ledger.rows))
     print(json.dumps({"rows": len(ledger.rows), "errors": sum("error" in row for row in ledger.rows)}))
     return 0
