@@ -55,7 +55,7 @@ class Workshop:
     def folder(self, cell: Cell) -> Path:
         return self.work / re.sub("[ ,]+", "-", cell.name) / cell.settings
 
-    def model(self, model: Cell | Shape | Stacked, texts: Data, dropout: float) -> Path:
+    def model(self, model: Cell | Shape | Stacked, texts: Data) -> Path:
         """The folder of a finished cell, of its layers stacked, or of random weights; `texts`: what the tokenizer is
         made of.
         """
@@ -63,16 +63,19 @@ class Workshop:
             return self.folder(model)
         start = self.work / "start"
         if isinstance(model, Stacked):
-            name = f"{model.base.settings}-stacked-{model.layers}-dropout-{dropout:g}"
-            return self._once(
-                start / name, lambda folder: stack_layers(self.folder(model.base), model.layers, dropout, folder)
-            )
+            name = f"{model.base.settings}-stacked-{model.layers}"
+            return self._once(start / name, lambda folder: stack_layers(self.folder(model.base), model.layers, folder))
         words = self._once(
             start / f"tokenizer-{model.vocabulary}-{texts.rows[0] or 'all'}",
             lambda folder: train_tokenizer(self.rows(texts), model, folder),
         )
-        name = f"{model.layers}x{model.width}-{model.heads}-{words.name}-{model.length}-dropout-{dropout:g}"
-        return self._once(start / name, lambda folder: random_bert(model, words, dropout, folder))
+        name = f"{model.layers}x{model.width}-{model.heads}-{words.name}-{model.length}"
+        return self._once(start / name, lambda folder: random_bert(model, words, folder))
+
+    def with_dropout(self, model: Path) -> Path:
+        """A copy of a folder, which trains with `DROPOUT`."""
+        name = f"{model.parent.name}-{model.name}-dropout"
+        return self._once(self.work / "start" / name, lambda folder: copy_with_dropout(model, DROPOUT, folder))
 
     def rows(self, data: Data) -> Path:
         """A folder with the rows that a cell asks for."""
@@ -104,14 +107,15 @@ class Workshop:
         from dqbart.tasks.run import evaluate
 
         on_text = cell.data.name == texts.name
-        dropout = 0.0 if on_text else DROPOUT
         data, output = self.rows(cell.data), self.folder(cell)
         recipe = cell.recipe | lengths(cell, data) | {"bf16": self.bf16 and on_text}
-        student = None if cell.student is None else self.model(cell.student, texts, dropout)
+        model = self.model(cell.model, texts)
+        student = None if cell.student is None else self.model(cell.student, texts)
+        if not on_text:  # what is trained has dropout, copies of the model included
+            model, student = self.with_dropout(model), None if student is None else self.with_dropout(student)
         result = dqbart.compress(
-            self.model(cell.model, texts, dropout), data, student=student, output=output, device=self.device,
-            recipe=dqbart.Recipe.from_dict(recipe),
-        )  # fmt: skip
+            model, data, student=student, output=output, device=self.device, recipe=dqbart.Recipe.from_dict(recipe)
+        )
         report = result.report
         row = cell.shown | {
             "bits": cell.recipe["bits"], "steps": sum(cell.steps), "minutes": report["seconds"]["training"] / 60,
@@ -120,7 +124,6 @@ class Workshop:
         shutil.rmtree(output.with_name(output.name + ".training"), ignore_errors=True)
         found = report.get("scores", {}).get("student", {}).get("values", {})
         if on_text:
-            set_dropout(output, DROPOUT)
             return row | {"words": found.get("accuracy")}
         score, _ = evaluate(str(output), str(data), device=self.device)
         return row | {"score": score.value, "metric": "accuracy", "validation": found["accuracy"]}
@@ -151,8 +154,8 @@ def train_tokenizer(data: Path, shape: Shape, folder: Path) -> None:
     BertTokenizerFast(vocab=trained.get_vocab(), model_max_length=shape.length).save_pretrained(folder)
 
 
-def random_bert(shape: Shape, tokenizer: Path, dropout: float, folder: Path) -> None:
-    """A BERT that knows nothing."""
+def random_bert(shape: Shape, tokenizer: Path, folder: Path) -> None:
+    """A BERT that knows nothing, without dropout."""
     from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, set_seed
 
     words = AutoTokenizer.from_pretrained(tokenizer)
@@ -161,12 +164,12 @@ def random_bert(shape: Shape, tokenizer: Path, dropout: float, folder: Path) -> 
     config = BertConfig(
         vocab_size=len(words), pad_token_id=words.pad_token_id, hidden_size=shape.width,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, intermediate_size=4 * shape.width,
-        max_position_embeddings=shape.length, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+        max_position_embeddings=shape.length, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     BertForMaskedLM(config).save_pretrained(folder)
 
 
-def stack_layers(base: Path, layers: int, dropout: float, folder: Path) -> None:
+def stack_layers(base: Path, layers: int, folder: Path) -> None:
     """A BERT whose layer i is layer i of a trained one, counted round and round."""
     from transformers import AutoTokenizer, BertForMaskedLM
 
@@ -179,11 +182,11 @@ def stack_layers(base: Path, layers: int, dropout: float, folder: Path) -> None:
     deep.cls.load_state_dict(model.cls.state_dict())
     deep.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    set_dropout(folder, dropout)
 
 
-def set_dropout(folder: Path, dropout: float) -> None:
-    """Change what a checkpoint says of its dropout."""
+def copy_with_dropout(source: Path, dropout: float, folder: Path) -> None:
+    """A checkpoint whose config says another dropout."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}

@@ -9,8 +9,20 @@ import encoder_methods
 import pytest
 import torch
 from conftest import word_tokenizer
-from encoder_methods import Workshop, is_done, lengths, sample, set_dropout, stack_layers
-from encoder_methods_cells import ABLATION, METHODS, STAGES, STUDIES, Cell, Data, Study, cells, in_order, quantized
+from encoder_methods import Workshop, is_done, lengths, sample, stack_layers
+from encoder_methods_cells import (
+    ABLATION,
+    METHODS,
+    STAGES,
+    STUDIES,
+    Cell,
+    Data,
+    Shape,
+    Study,
+    cells,
+    in_order,
+    quantized,
+)
 from encoder_methods_tables import best, table
 from ledger import Ledger
 from tiny_models import tiny_encoder
@@ -139,9 +151,9 @@ def test_a_deep_teacher_begins_as_layers_of_a_shallow_one(tmp_path: Path) -> Non
     shallow = BertForMaskedLM(config).eval()
     shallow.save_pretrained(tmp_path / "shallow")
     word_tokenizer().save_pretrained(tmp_path / "shallow")
-    stack_layers(tmp_path / "shallow", 7, 0.0, tmp_path / "deep")
+    stack_layers(tmp_path / "shallow", 7, tmp_path / "deep")
     deep = BertForMaskedLM.from_pretrained(tmp_path / "deep")
-    assert deep.config.num_hidden_layers == 7 and deep.config.hidden_dropout_prob == 0
+    assert deep.config.num_hidden_layers == 7
     ids = torch.tensor([[0, 5, 6, 2]])
     with torch.no_grad():
         states = deep(ids, output_hidden_states=True).hidden_states
@@ -156,11 +168,18 @@ def test_a_deep_teacher_begins_as_layers_of_a_shallow_one(tmp_path: Path) -> Non
     )  # fmt: skip
 
 
-def test_dropout_is_written_into_a_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"hidden_dropout_prob": 0.0, "hidden_size": 8}')
-    set_dropout(tmp_path, 0.1)
-    found = json.loads((tmp_path / "config.json").read_text())
-    assert found == {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "hidden_size": 8}
+def test_a_copy_that_learns_a_task_has_dropout_and_its_original_none(tmp_path: Path) -> None:
+    (tmp_path / "data" / "books").mkdir(parents=True)
+    (tmp_path / "data" / "books" / "train.jsonl").write_text('{"text": "a good book"}\n' * 9)
+    workshop = Workshop(tmp_path / "data", tmp_path / "work", "cpu", False)
+    plain = workshop.model(Shape(2, 8, 2, 40, 16), Data("books"))
+    copy = workshop.with_dropout(plain)
+    one, other = (BertForMaskedLM.from_pretrained(folder) for folder in (plain, copy))
+    assert (one.config.hidden_dropout_prob, one.config.attention_probs_dropout_prob) == (0, 0)
+    assert (other.config.hidden_dropout_prob, other.config.attention_probs_dropout_prob) == (0.1, 0.1)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+    assert {file.name for file in plain.iterdir()} == {file.name for file in copy.iterdir()}
+    assert workshop.with_dropout(plain) == copy
 
 
 def test_a_finished_cell_with_other_settings_is_not_done(tmp_path: Path) -> None:
