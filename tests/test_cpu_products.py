@@ -1,4 +1,10 @@
-"""The native products: exact integers in every instruction set, and floats in the order that every engine keeps."""
+"""The native products: exact integers in every instruction set, floats in the order that every engine keeps, and the
+threads that they share.
+"""
+
+import os
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -138,3 +144,38 @@ def test_unknown_instruction_set_names_the_known(monkeypatch: pytest.MonkeyPatch
         cpu.chosen_instruction_set()
     monkeypatch.setenv(cpu.VARIABLE, "portable")
     assert cpu.chosen_instruction_set() == "portable"
+
+
+def by_threads(threads: int) -> cpu.I32:
+    rng = np.random.default_rng(0)
+    codes, a = random_codes(rng, (300, 64), 2), random_codes(rng, (3, 64), 8)
+    return product("", codes, 2, a, threads=threads, integers=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_threads_are_kept_and_not_without_end() -> None:
+    def count() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    want = by_threads(1)
+    assert np.array_equal(by_threads(5), want)
+    before = count()
+    for _ in range(20):
+        assert np.array_equal(by_threads(5), want)
+    assert count() == before
+    for threads in range(6, 14):  # four pools are kept
+        assert np.array_equal(by_threads(threads), want)
+    assert count() <= before + sum(range(9, 13))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    want = by_threads(3)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(60)  # rather than wait for threads that are not there
+        os._exit(0 if all(np.array_equal(by_threads(n), want) for n in (3, 3, 4)) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert np.array_equal(by_threads(3), want)

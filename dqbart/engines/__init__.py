@@ -32,6 +32,9 @@ def load(
         return model
     from dqbart.engines.sentence import SentenceEncoder, read_tokenizer
 
+    if hasattr(model.base_model, "runner"):
+        # No vector is made of it, and torch's threads, once woken for its product, spin on the native engine's cores.
+        model.base_model.pooler = None
     return SentenceEncoder(model, read_tokenizer(Path(folder)), pooling)
 
 

@@ -76,7 +76,7 @@ def _load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(found[0]))
         for name in ("dq_error", "dq_instruction_sets", "dq_model_instruction_set"):
             getattr(library, name).restype = ctypes.c_char_p
-        library.dq_model_new.restype = library.dq_pool_new.restype = ctypes.c_void_p
+        library.dq_model_new.restype = ctypes.c_void_p
         library.dq_packed_bytes.restype = ctypes.c_int64
         _library = library
     return _library

@@ -38,7 +38,7 @@ def quantize(isa: str, x_MK: F32) -> tuple[I8, F32, I32]:
 
 
 class Product:
-    """y [M, N] = codes of activations [M, K] times weights; buffers and threads are kept, so `run` only multiplies.
+    """y [M, N] = codes of activations [M, K] times weights; buffers are kept, so `run` only multiplies.
 
     `packed`: what `pack` gives for a weight [N, K]; N is the length of its scales.
     """
@@ -58,20 +58,14 @@ class Product:
         self.total = self.a.sum(1, dtype=np.int32)
         self.w_scale, self.a_scale = np.ascontiguousarray(w_scale_N), np.ascontiguousarray(a_scale_M)
         self.y = np.empty((self.m, self.n), np.float32)
-        self._pool = ctypes.c_void_p(_load().dq_pool_new(threads))
-        if not self._pool:
-            _check(1)
-
-    def __del__(self) -> None:
-        if getattr(self, "_pool", None):
-            _load().dq_pool_free(self._pool)
+        self.threads = threads
 
     def run(self, activation: str | None = None, integers: bool = False) -> F32 | I32:
         """`activation`: a name in `ACTIVATIONS`. `integers`: the int32 accumulators [M, N] instead."""
         exact = np.empty((self.m, self.n), np.int32) if integers else None
         _check(
             _load().dq_product(
-                self.isa, self._pool, self.n, self.k, self.bits, _pointer(self.packed, np.uint8),
+                self.isa, self.threads, self.n, self.k, self.bits, _pointer(self.packed, np.uint8),
                 _pointer(self.w_scale, np.float32, (self.n,)), self.m, _pointer(self.a, np.int8), self.lda,
                 _pointer(self.a_scale, np.float32, (self.m,)), _pointer(self.total, np.int32),
                 ACTIVATIONS[activation] if activation else 0, _pointer(self.y, np.float32),

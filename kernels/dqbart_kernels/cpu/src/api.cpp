@@ -130,8 +130,8 @@ DQ_API int dq_encode(const Model* model, int threads, const int32_t* tokens, con
       require(types[i] >= 0 && types[i] < model->config.token_types, "token type " + std::to_string(types[i]) +
                                                                          ": expected less than " +
                                                                          std::to_string(model->config.token_types));
-    Pool pool(threads);
-    Passes passes(*model, pool);
+    const Lease pool(threads);
+    Passes passes(*model, *pool);
     for (int first = 0, last; first < items; first = last) {
       std::vector<int32_t> group = {0};  // where its sources start
       for (last = first; last < items && (last == first || starts[last + 1] - starts[first] <= kTokensAtOnce); ++last)
@@ -151,8 +151,8 @@ DQ_API int dq_logits(const Model* model, int threads, const int32_t* tokens, con
     require(length > 0 && length <= model->config.decoder_positions - model->config.position_offset,
             "decoder length " + std::to_string(length) + ": more than the model has positions");
     check_tokens(*model, decoder_tokens, static_cast<int64_t>(items) * length, "decoder");
-    Pool pool(threads);
-    Passes passes(*model, pool);
+    const Lease pool(threads);
+    Passes passes(*model, *pool);
     std::vector<Source> sources;
     passes.encode(tokens, nullptr, starts, items, &sources, nullptr);
     passes.start_decoding(items, length);
@@ -206,8 +206,8 @@ DQ_API int dq_generate(const Model* model, int threads, const int32_t* tokens, c
       require(!all[i].empty(), "an empty bad word");
       found.bad_words.push_back(all[i]);
     }
-    Pool pool(threads);
-    Passes passes(*model, pool);
+    const Lease pool(threads);
+    Passes passes(*model, *pool);
     std::vector<Source> sources;
     passes.encode(tokens, nullptr, starts, items, &sources, nullptr);
     std::vector<Output> outputs;
@@ -240,22 +240,15 @@ DQ_API int dq_quantize(const char* instruction_set, const float* x, int m, int k
   });
 }
 
-DQ_API Pool* dq_pool_new(int threads) {
-  Pool* pool = nullptr;
-  guarded([&] { pool = new Pool(threads); });
-  return pool;
-}
-
-DQ_API void dq_pool_free(Pool* pool) { delete pool; }
-
-DQ_API int dq_product(const char* instruction_set, Pool* pool, int n, int k, int bits, const uint8_t* data,
+DQ_API int dq_product(const char* instruction_set, int threads, int n, int k, int bits, const uint8_t* data,
                       const float* w_scale, int m, const int8_t* codes, int lda, const float* scale, const int32_t* sum,
                       int activation, float* y, int32_t* integers) {
   return guarded([&] {
     const Kernels* kernels = find_kernels(instruction_set);
     const Packed w = {n, k, bits, data, w_scale};
-    const int panels = (n + kColumns - 1) / kColumns, tasks = std::min(panels, 4 * pool->threads());
-    pool->run(tasks, [&](int i) {
+    const int panels = (n + kColumns - 1) / kColumns, tasks = std::min(panels, 4 * threads);
+    const Lease pool(threads);
+    (*pool).run(tasks, [&](int i) {
       kernels->product(w, {codes, scale, sum, m, lda}, panels * i / tasks, panels * (i + 1) / tasks, y, n,
                        {nullptr, nullptr, activation}, integers);
     });
