@@ -14,7 +14,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -62,15 +61,10 @@ def _student(cell: Row, recipe: Recipe, folder: Path, device: str) -> Row:
     beside = Path(cell["teacher_folder"])
     teacher = json.loads((beside / "row.json").read_text(encoding="utf-8"))
     dev = load_rows(cell["data"], split="validation")[: recipe.dev_subset]
-    before, start = _spent(folder), time.monotonic()
-    try:
-        result = dqbart.compress(
-            cell["teacher"], cell["data"] if recipe.max_steps else None, dev_data=dev, recipe=recipe,
-            output=folder / "model", device=device,
-        )  # fmt: skip
-    except BaseException:  # whatever stopped it: the time was spent
-        (folder / "seconds").write_text(str(before + time.monotonic() - start))
-        raise
+    result = dqbart.compress(
+        cell["teacher"], cell["data"] if recipe.max_steps else None, dev_data=dev, recipe=recipe,
+        output=folder / "model", device=device,
+    )  # fmt: skip
     model, tokenizer = dqbart.load(result.folder, device=device), AutoTokenizer.from_pretrained(result.folder)
     row, texts, references = _score(model, tokenizer, cell, recipe, folder)
     if (settings := row.pop("generation")) != teacher["generation"]:
@@ -90,15 +84,9 @@ def _student(cell: Row, recipe: Recipe, folder: Path, device: str) -> Row:
         "file_bytes": report["sizes"]["file_bytes"],
         "teacher_bytes": report["teacher"]["fp32_bytes"],
         "ratio_to_fp32": report["sizes"]["ratio_to_fp32"],
-        "minutes": round((before + report["seconds"].get("training", 0.0)) / 60, 2),
+        "minutes": round(report["seconds"].get("training", 0.0) / 60, 2),
         "steps": recipe.max_steps,
     }
-
-
-def _spent(folder: Path) -> float:
-    """Seconds of earlier attempts, which were stopped: all of each, for nobody knows when its training began."""
-    file = folder / "seconds"
-    return float(file.read_text()) if file.exists() else 0.0
 
 
 def _score(model: Any, tokenizer: Any, cell: Row, recipe: Recipe, folder: Path) -> tuple[Row, list[str], Any]:

@@ -5,9 +5,9 @@
 Problem: a network whose parts must all work shares its weights among them; what a part pays for that is only seen
 beside the same part trained alone. Method: a fine-tuned classifier TEACHER is rewired once. `dynabert` trains all
 sub-networks together (`dqbart.compress`, `--steps` of width, as many of depth); `alone` trains each by itself, begun as
-the same part of the same rewired network, held to the teacher by the losses of the second stage, for as many steps as
-both stages together; `untrained` is the part as it was cut. All are scored on the test split, in float. Rejected: small
-students of another shape for `alone`, where shape and method would change at the same time.
+the same part of the same rewired network, held to the teacher by the losses of the last stage throughout, for as many
+steps as all stages together; `untrained` is the part as it was cut. All are scored on the test split, in float.
+Rejected: small students of another shape for `alone`, where shape and method would change at the same time.
 
 A rerun goes on where the last one was stopped. The last line is JSON.
 """
@@ -25,7 +25,8 @@ from typing import Any
 
 from ledger import RESULTS, Ledger, markdown, resumable
 
-KEYS = ("teacher", "data", "how", "width", "depth", "steps", "seed")
+STUDY = ("teacher", "data", "steps", "learning_rate", "widths", "depths")  # what rows must share to be compared
+KEYS = (*STUDY, "how", "width", "depth", "seed")
 HOW = ("untrained", "alone", "dynabert")
 WIDTHS, DEPTHS = (1.0, 0.75, 0.5, 0.25), (1.0, 0.75, 0.5)
 QUICK = dict(steps=2, widths=[1.0, 0.5], depths=[1.0], seeds=[28])
@@ -37,7 +38,8 @@ class Study:
     def __init__(self, args: argparse.Namespace, seed: int) -> None:
         import dqbart
 
-        self.args, self.folder = args, args.work / f"{args.steps}-{seed}"
+        rate = f"-{args.learning_rate:g}" if args.learning_rate else ""
+        self.args, self.folder = args, args.work / f"{args.steps}-{seed}{rate}"
         self.recipe = dqbart.Recipe(
             bits="32-32-32", method="dynabert", widths=tuple(args.widths), depths=tuple(args.depths),  # type: ignore[arg-type]
             max_steps=args.steps, warmup_ratio=0.1, learning_rate=args.learning_rate, dev_subset=1000, seed=seed,
@@ -54,19 +56,19 @@ class Study:
         ).load()
 
     def alone(self, width: float, depth: float) -> Any:
-        """The rewired network after one part of it was trained, for the steps of both stages."""
+        """The rewired network after one part was trained, for the steps of all stages, by the last one's losses."""
         from dqbart.data.columns import sample
         from dqbart.distill import trainer
         from dqbart.distill.elastic import ElasticObjective, Stage
-        from dqbart.methods import DEPTH_LOSSES
         from dqbart.quant.attention import use_attention
         from dqbart.student.width import subnetwork
         from dqbart.tasks import open_task
         from dqbart.teacher import load_teacher
 
         teacher, tokenizer, known = load_teacher(self.args.teacher, None, self.args.device)
-        both = dict(max_steps=2 * self.args.steps)
-        recipe = type(self.recipe).from_dict(self.recipe.to_dict() | both).resolve(teacher.config, known)
+        stages = self.recipe.stages()
+        as_long = dict(max_steps=len(stages) * self.args.steps)
+        recipe = type(self.recipe).from_dict(self.recipe.to_dict() | as_long).resolve(teacher.config, known)
         task = open_task(recipe, tokenizer, teacher, self.args.teacher)
         train, dev = task.read(str(self.args.data), None)
         student = self.whole(trained=False).to(teacher.device)
@@ -78,7 +80,7 @@ class Study:
         trainer.train(
             trainer.DistillationTrainer(
                 model=student.requires_grad_(True), teacher=teacher, train_dataset=rows, data_collator=collator,
-                objective=ElasticObjective(Stage(weights=DEPTH_LOSSES.used(), widths=(width,), depths=(depth,))),
+                objective=ElasticObjective(Stage(weights=stages[-1].terms, widths=(width,), depths=(depth,))),
                 args=trainer.training_arguments(recipe, folder, len(rows), self.args.device),
                 dev_score=None if subset is None
                 else (lambda model: task.score(subnetwork(model, width, depth), subset).score),
@@ -104,7 +106,16 @@ UNTRAINED = dict(epochs=0.0, max_steps=0)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line a sub-network, smallest last; brackets: what training all at once costs or gains it."""
+    """A table a study. One line a sub-network, smallest last; brackets: what training all at once costs or gains it."""
+    studies = dict.fromkeys(tuple(row[key] for key in STUDY) for row in rows)
+    parts = []
+    for study in studies:
+        own = [row for row in rows if tuple(row[key] for key in STUDY) == study]
+        parts.append(f"{study[0]} on {study[1]}, {study[2]:,} steps a stage:\n\n{_table_of(own)}")
+    return "\n\n".join(parts)
+
+
+def _table_of(rows: list[dict[str, Any]]) -> str:
     lines = []
     for depth, width in sorted({(row["depth"], row["width"]) for row in rows}, reverse=True):
         own = [row for row in rows if (row["depth"], row["width"]) == (depth, width)]
@@ -145,9 +156,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         args.work = args.work or Path(scratch)
         ledger = Ledger(args.out or (Path(scratch) if args.quick else RESULTS) / "subnetworks.json", KEYS)
-        names = (Path(args.teacher).name, args.data.name)
+        shares = [" ".join(f"{share:g}" for share in sorted(given)) for given in (args.widths, args.depths)]
+        study = (Path(args.teacher).name, args.data.name, args.steps, args.learning_rate, *shares)
         for seed, how, depth, width in product(args.seeds, HOW, args.depths, args.widths):
-            key = dict(zip(KEYS, (*names, how, width, depth, args.steps, seed), strict=True))
+            key = dict(zip(KEYS, (*study, how, width, depth, seed), strict=True))
             if ledger.find(**key) is None:
                 ledger.add(key | Study(args, seed).row(how, width, depth))
     print(table(ledger.rows))

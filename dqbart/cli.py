@@ -183,7 +183,9 @@ def run_extract(args: argparse.Namespace) -> dict[str, Any]:
     from dqbart.extraction import extract
 
     result = extract(args.folder, output=args.output, width=args.width, depth=args.depth)
-    return result.summary() | {"subnetwork": result.report["subnetwork"]}
+    summary = result.summary() | {"subnetwork": result.report["subnetwork"]}
+    del summary["seconds"]  # of the training that it was cut from
+    return summary
 
 
 def run_augment(args: argparse.Namespace) -> dict[str, Any]:

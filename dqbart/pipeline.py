@@ -9,7 +9,6 @@ import copy
 import os
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,16 +110,15 @@ def compress(
         say(f"{output}: already done with this recipe, teacher and data; overwrite it to do it again")
         return Result(output, run.finished)
     say(f"student {recipe.bits} bits, {recipe.layers} layers, {_origin(recipe, maps, student)}")
-    seconds: dict[str, float] = {}
     if recipe.elastic:
-        with _timed(seconds, "importance"):
+        with run.timed("importance"):
             say(f"importance of heads and neurons, on {len(measured):,} examples")
             elastic.rewire_student(small, model, task, measured, run.work)
     if train is not None and (recipe.epochs > 0 or recipe.max_steps > 0):
-        with _timed(seconds, "training"):
+        with run.timed("training"):
             if not _distil(model, small, task, train, dev, stages, run, device):
                 return Result(output, {})  # another process of the same run does the rest
-    with _timed(seconds, "packing"):
+    with run.timed("packing"):
         task.settle(small, model)
         staged = pack(small, tokenizer_for(small, tokenizer), recipe, run.work / "packed")
         task.complete(staged)
@@ -128,16 +126,17 @@ def compress(
             small.save_pretrained(staged / ELASTIC)
         gate = check_in_fresh_process(small.to("cpu"), staged, model_inputs(small, task.probe(small, dev or train)))
     say(f"gate: a fresh process gives logits within {gate['max_logit_difference']:.1e}{_and_ids(gate)}")
-    report = _report(model, recipe, maps, staged, gate, seconds) | {"student": start is not None}
+    report = _report(model, recipe, maps, staged, gate) | {"student": start is not None}
     if isinstance(teacher, str | Path) and not Path(teacher).exists():
         report["teacher"]["hub_id"] = str(teacher)
     if train is not None or dev is not None:
         report["data"] = _described(data if data is not None else dev_data, train, dev)
     if dev is not None and task.is_scored(dev):
-        with _timed(seconds, "scoring"):
+        with run.timed("scoring"):
             report["scores"] = _scores(model, task, staged, dev, recipe)
             if recipe.elastic:
                 report["subnetworks"] = elastic.score_subnetworks(task, small.to(model.device), dev)
+    report["seconds"] = run.seconds
     from dqbart.evaluation import card
 
     card.write(staged, report, str(teacher) if isinstance(teacher, str | Path) else None, output.name)
@@ -166,19 +165,6 @@ def _origin(recipe: Recipe, maps: dict[str, list[int]], student: str | Path | No
 
 def _and_ids(gate: dict[str, Any]) -> str:
     return " and the same greedy ids" if gate["greedy_ids_equal"] else ""
-
-
-class _timed:
-    """`with _timed(seconds, "training"):` adds the block's seconds to a report."""
-
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self.seconds, self.name = seconds, name
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.seconds[self.name] = round(time.perf_counter() - self.start, 1)
 
 
 def _student(teacher: Any, start: Any, recipe: Recipe) -> Any:
@@ -304,9 +290,8 @@ def sizes(staged: Path, teacher_bytes: int) -> dict[str, Any]:
 
 
 def _report(
-    teacher: Any, recipe: Recipe, maps: dict[str, list[int]], staged: Path, gate: dict[str, Any],
-    seconds: dict[str, float],
-) -> dict[str, Any]:  # fmt: skip
+    teacher: Any, recipe: Recipe, maps: dict[str, list[int]], staged: Path, gate: dict[str, Any]
+) -> dict[str, Any]:
     from dqbart.evaluation.environment import environment
 
     parameters = sum(p.numel() for p in teacher.parameters())
@@ -320,6 +305,5 @@ def _report(
         "teacher": {"architecture": type(teacher).__name__, "parameters": parameters, "fp32_bytes": teacher_bytes},
         "sizes": sizes(staged, teacher_bytes),
         "gate": gate,
-        "seconds": seconds,
         "environment": environment(),
     }

@@ -45,6 +45,7 @@ METRICS = {
 
 SHAPE = ("hidden_size", "heads", "intermediate_size", "embedding_size")
 FAMILIES = ("albert", "distilbert")
+ELASTIC_FIELDS = ("widths", "depths", "label_epochs")
 
 # Low bits rebuild weights instead of rounding them, and want a larger step (TBT's scripts, ParetoQ).
 LEARNING_RATE = {1: 2.5e-4, 2: 3e-4, 3: 1.5e-4, 4: 1e-4, 8: 5e-5, 32: 5e-5}
@@ -320,6 +321,13 @@ class Recipe:
         for name in self.terms:
             if name not in (*BOTH, *own):
                 raise ValueError(f"losses.{name}: a {config.model_type} model has {', '.join((*BOTH, *own))}")
+        if not self.elastic:
+            for f in dataclasses.fields(self):
+                if f.name in ELASTIC_FIELDS and getattr(self, f.name) != f.default:
+                    raise ValueError(
+                        f"{f.name} {getattr(self, f.name)!r} with method {self.method!r}: only method 'dynabert' has "
+                        "it; leave it out"
+                    )
         if "order" in self.terms and (task, self.segments) != ("text", 2):
             raise ValueError(f"losses.order with task {task!r}, segments {self.segments}: expected 'text' and 2")
         narrow = [n for n in ("family", *SHAPE) if getattr(self, n) is not None]
@@ -350,12 +358,14 @@ class Recipe:
 
     def stages(self) -> list["Recipe"]:
         """What is trained one after the other: the recipe, and the second part of its method on a task. DynaBERT:
-        all widths, then all depths of them, then labels.
+        all widths, then all depths of them by other weights unless the recipe has its own, then labels.
         """
         if self.elastic:
             stages = [dataclasses.replace(self, depths=(1.0,))]
             if self.depths != (1.0,) and self.prediction_epochs:
-                stages.append(dataclasses.replace(self, losses=DEPTH_LOSSES, epochs=self.prediction_epochs))
+                own = self.losses != METHODS[self.method].losses
+                losses = self.losses if own else DEPTH_LOSSES
+                stages.append(dataclasses.replace(self, losses=losses, epochs=self.prediction_epochs))
             if self.label_epochs:
                 labels: dict[str, Any] = dict(losses=METHODS["finetune"].losses, epochs=self.label_epochs)
                 stages.append(dataclasses.replace(stages[-1], **labels))

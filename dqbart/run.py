@@ -9,9 +9,14 @@ import hashlib
 import json
 import os
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+SECONDS = "seconds.json"
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,22 @@ class Run:
         _write(work / "run.json", identity)
         return cls(output, work, identity, None)
 
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Adds a block's seconds to the run's, an interrupted one's, too."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if int(os.environ.get("RANK", "0")) == 0:
+                spent = self.seconds.get(part, 0.0) + time.perf_counter() - start
+                _write(self.work / SECONDS, self.seconds | {part: round(spent, 1)})
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each part has taken so far, in all processes that worked at this run."""
+        return _read(self.work / SECONDS) or {}
+
     def finish(self, staged: Path, report: dict[str, Any]) -> None:
         """Put report.json into the staged folder, move it into place, and drop what is only for resuming."""
         report["run"] = self.identity
@@ -62,7 +83,7 @@ class Run:
         os.replace(staged, self.output)
         for checkpoints in (self.work / "checkpoints", *self.work.glob("stage-*/checkpoints")):
             shutil.rmtree(checkpoints, ignore_errors=True)
-        if [file.name for file in self.work.iterdir()] == ["run.json"]:
+        if {file.name for file in self.work.iterdir()} <= {"run.json", SECONDS}:
             shutil.rmtree(self.work)
 
 

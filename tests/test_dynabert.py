@@ -14,7 +14,12 @@ import torch
 from conftest import FEW, sentences, write
 from safetensors.torch import load_file
 from tiny_models import tiny_encoder
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DistilBertForSequenceClassification
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertForSequenceClassification,
+)
 
 import dqbart
 from dqbart.cli import main
@@ -30,10 +35,11 @@ from dqbart.pipeline import quantize
 from dqbart.quant.attention import use_attention
 from dqbart.quant.narrow import FIELD
 from dqbart.student.depth import make_student
+from dqbart.student.importance import importance
 from dqbart.student.maps import kept_layers
 from dqbart.student.width import subnetwork
 from dqbart.tasks import open_task
-from dqbart.tasks.elastic import MOST, importance_examples, mean_score
+from dqbart.tasks.elastic import MOST, importance_examples, mean_score, rewire_student
 from dqbart.tasks.run import evaluate
 
 SETTINGS: dict[str, Any] = FEW | dict(method="dynabert", max_steps=6, prediction_epochs=0.2, learning_rate=1e-3)
@@ -142,6 +148,21 @@ def test_importance_is_measured_on_labels_of_the_dev_set(classifier: Path, label
     assert MOST <= len(importance_examples(task, large, None)) < 3000
     with pytest.raises(ValueError, match="is measured on labels, and there are none"):
         importance_examples(task, unlabelled, unlabelled)
+
+
+def test_importance_is_bounded_where_a_text_is_one_document(bert: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(bert)
+    recipe = dqbart.Recipe(method="dynabert", max_source_length=10).resolve(model.config, "text")
+    task = open_task(recipe, AutoTokenizer.from_pretrained(bert), model)
+    (tmp_path / "book.txt").write_text("\n".join(sentences(50)))
+    texts = task.read_split(tmp_path / "book.txt", "train")
+    assert len(texts) == 1 and len(task.training_set(texts, model, tmp_path)[0]) > 20
+    seen = []
+    monkeypatch.setattr("dqbart.tasks.elastic.MOST", 20)
+    watched = lambda model, batches: seen.extend(batches) or importance(model, seen)  # noqa: E731
+    monkeypatch.setattr("dqbart.tasks.elastic.importance", watched)
+    rewire_student(AutoModelForMaskedLM.from_pretrained(bert), model, task, texts, tmp_path)
+    assert 10 <= sum(len(batch["input_ids"]) for batch in seen) <= 20
 
 
 # Sub-networks
@@ -344,6 +365,14 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (dict(losses={"scores": 1}), "losses.scores: method 'dynabert' has task, logits, hidden"),
         (dict(temperature=2), "temperature 2: method 'dynabert' has 1 alone; leave it out"),
         (dict(logits_loss="mse"), "logits_loss 'mse': method 'dynabert' has 'kl' alone"),
+        (
+            dict(method="finetune", label_epochs=1),
+            "label_epochs 1 with method 'finetune': only method 'dynabert' has it",
+        ),
+        (
+            dict(method="finetune", widths=[1]),
+            "widths (1.0,) with method 'finetune': only method 'dynabert' has it; leave it out",
+        ),
         (dict(label_epochs=-1), "label_epochs -1: expected at least 0"),
         (dict(task="sentences"), "task 'sentences' with method 'dynabert': it compares what heads say; expected one"),
         (dict(task="s2s"), "expected one of classification, regression, questions, text"),
@@ -354,7 +383,7 @@ def test_unsuitable_recipes(
     changes: dict[str, Any], message: str, classifier: Path, labelled: Path, tmp_path: Path, capsys: Any
 ) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text(json.dumps(changes | dict(method="dynabert")))
+    file.write_text(json.dumps(dict(method="dynabert") | changes))
     said = refused(capsys, "compress", classifier, "--data", labelled, "--config", file, "--out", tmp_path / "out")
     assert message in said and [f.name for f in tmp_path.iterdir()] == ["run.yaml"]
 

@@ -85,10 +85,12 @@ def test_interrupted_command_resumes_to_the_same_weights(
             break
     process.stderr.read()
     assert process.wait(timeout=120) == 130
+    before = json.loads((tmp_path / "b.training" / "seconds.json").read_text())["training"]
     assert not (tmp_path / "b").exists() and list((tmp_path / "b.training" / "checkpoints").iterdir())
     resumed = subprocess.run([*command, str(tmp_path / "b")], capture_output=True, text=True, env=environment)
     assert resumed.returncode == 0 and "resuming from" in resumed.stderr, resumed.stderr
-    assert json.loads(resumed.stdout.splitlines()[-1])["output"] == str(tmp_path / "b")
+    found = json.loads(resumed.stdout.splitlines()[-1])
+    assert found["output"] == str(tmp_path / "b") and found["seconds"]["training"] > before > 0  # of both attempts
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 

@@ -246,7 +246,7 @@ def test_a_cell_that_cannot_be_says_why(places: Path, capfd: pytest.CaptureFixtu
     assert quality_cell.main(places) == 1
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("ValueError: encoder layers 9: the teacher's stack has 3")
-    assert float((places / "seconds").read_text()) > 0 and "score" in json.loads((places / "row.json").read_text())
+    assert "score" in json.loads((places / "row.json").read_text())
 
 
 def test_a_whole_run_stopped_and_continued(places: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -274,7 +274,7 @@ def test_a_whole_run_stopped_and_continued(places: Path, capfd: pytest.CaptureFi
     assert row["retention"] == pytest.approx(row["score"] / teacher["score"], rel=1e-4) and row["metric"] == "rougeL"
     assert row["teacher_bytes"] == teacher["file_bytes"] and row["interval"] == row["intervals"]["rougeL"]
     kept = {file.name for file in log.parent.iterdir()}
-    assert kept == {"cell.json", "log.txt", "outputs.jsonl", "report.json", "row.json", "seconds"}
+    assert kept == {"cell.json", "log.txt", "outputs.jsonl", "report.json", "row.json"}
     assert row["file_bytes"] == json.loads((log.parent / "report.json").read_text())["sizes"]["file_bytes"]
     assert quality.main([*words, "--list"]) == 0
     assert "done            copy_2-2-8_2-1_integer_distilled_28" in capfd.readouterr().out

@@ -263,6 +263,13 @@ def test_tinybert_has_two_stages_on_a_task() -> None:
     assert len(Recipe(method="dq", task="classification").stages()) == 1
 
 
+def test_losses_that_were_asked_for_are_those_of_all_stages() -> None:
+    width, depth = Recipe(method="dynabert").stages()
+    assert (width.terms, depth.terms) == ({"logits": 1.0, "hidden": 0.1}, {"logits": 1.0, "hidden": 1.0})
+    own = Recipe(method="dynabert", losses={"task": 1, "hidden": 0}, label_epochs=1).stages()
+    assert [stage.terms for stage in own] == [{"task": 1.0, "logits": 1.0}] * 2 + [{"task": 1.0}]
+
+
 def test_combinations_that_are_right() -> None:
     assert Recipe(bits="2-4-8", storage="trits").storage == "trits"
     assert Recipe(bits="4-2-8", storage="trits").bits == Bits("4-2-8")

@@ -24,7 +24,10 @@ def test_goals_and_table() -> None:
         row("4-4-8", right=90.9),
     ]  # fmt: skip
     assert [meets(r, rows) for r in (rows[0], rows[2], rows[4])] == [True, True, False]
-    lines = table(rows).splitlines()
+    other = [row("32-32-32", model="n", spearman=70.0), row("8-8-8", model="n", spearman=70.0)]
+    assert meets(other[1], rows + other) and not meets(other[1], rows)  # each held to its own original
+    title, _, *lines = table(rows + other).split("\n\nn\n\n")[0].splitlines()
+    assert title == "m"
     assert [line.split(" | ")[:2] for line in lines[2:]] == [
         ["| 32-32-32", "6"], ["| 8-8-8", "6"], ["| 4-4-8", "6"], ["| 2-2-8", "6"], ["| 8-8-8", "3"]
     ]  # fmt: skip

@@ -37,7 +37,7 @@ def test_a_quick_run_and_its_rerun(
     assert rows["untrained", 1.0]["score"] > 80  # the teacher in another order
     assert rows["alone", 0.5]["parameters"] == rows["dynabert", 0.5]["parameters"] < rows["alone", 1.0]["parameters"]
     logs = [(tmp_path / "work" / "2-28" / name / "metrics.jsonl").read_text() for name in ("alone-1-1", "alone-0.5-1")]
-    assert all('"step": 4' in log for log in logs)  # as many as both stages together
+    assert all('"step": 2' in log and '"step": 3' not in log for log in logs)  # as many as its only stage
     monkeypatch.setattr(subnetworks.Study, "row", lambda *a: pytest.fail("measured again"))
     assert run(monkeypatch, *words) == 0 and capsys.readouterr().out == out
 
@@ -48,13 +48,16 @@ def test_a_path_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_table() -> None:
+    study = dict(teacher="t", data="d", steps=1500, learning_rate=None, widths="0.5 1", depths="0.5")
     rows = [
-        dict(how=how, width=width, depth=0.5, parameters=1_500_000, score=score, seed=seed)
+        study | dict(how=how, width=width, depth=0.5, parameters=1_500_000, score=score, seed=seed)
         for how, width, score, seed in (
             ("untrained", 0.5, 50.0, 1), ("alone", 0.5, 80.0, 1), ("alone", 0.5, 82.0, 2), ("dynabert", 0.5, 80.0, 1),
             ("untrained", 1.0, 60.0, 1),
         )
     ]  # fmt: skip
-    lines = subnetworks.table(rows).splitlines()
+    rows += [row | {"data": "another", "score": 0.0} for row in rows]  # which counts for nothing in the first
+    title, _, *lines = subnetworks.table(rows).splitlines()
+    assert title == "t on d, 1,500 steps a stage:"
     assert lines[2] == "| 1 | 0.5 | 1.50 | 60.0 |  |  |"
     assert lines[3] == "| 0.5 | 0.5 | 1.50 | 50.0 | 81.0 ± 1.4 | 80.0 (-1.0) |"

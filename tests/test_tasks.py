@@ -370,6 +370,9 @@ def test_text_without_masks_or_neighbours(bert: Path, tmp_path: Path, capsys: An
     config.write_text("mask_rate: 0\nmethod: distilbert\n")
     said = refused(capsys, bert, "--data", texts, "--config", config, "--out", tmp_path / "out")
     assert "mask_rate 0 with losses.task, which learns masked words; expected above 0, such as 0.15" in said
+    config.write_text("mask_rate: 0\nmethod: dynabert\n")
+    said = refused(capsys, bert, "--data", texts, "--config", config, "--out", tmp_path / "y")
+    assert "mask_rate 0 with method 'dynabert', which measures on masked words" in said
     recipe = dqbart.Recipe(bits="32-32-32", method="finetune", task="text", segments=2, **FEW)  # type: ignore[arg-type]
     result = dqbart.compress(bert, books, dev_data=texts, recipe=recipe, output=tmp_path / "out")
     assert result.report["scores"]["examples"] == 60  # sentences by themselves, though trained on pairs

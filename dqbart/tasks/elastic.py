@@ -5,6 +5,7 @@ whole network alone, which begins as the teacher, the first students would win e
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 from itertools import product
@@ -21,7 +22,7 @@ from dqbart.student.maps import kept_layers
 from dqbart.student.width import subnetwork, width_sizes
 from dqbart.tasks import Task
 
-MOST = 2048  # examples that importance is measured on; released: the whole dev set
+MOST = 2048  # examples, and rows of them, that importance is measured on; released: the whole dev set
 
 
 def importance_examples(task: Task, train: Any, dev: Any) -> Any:
@@ -39,12 +40,14 @@ def importance_examples(task: Task, train: Any, dev: Any) -> Any:
 
 def rewire_student(student: Any, teacher: Any, task: Task, examples: Any, work: Any) -> None:
     """Put the heads and neurons of a student, a copy of its teacher, in order of importance, in place."""
-    rows, collator = task.training_set(examples, teacher, work)
+    encoded, collator = task.training_set(examples, teacher, work)
+    step = max(1, math.ceil(len(encoded) / MOST))  # a text without documents is one example and any number of rows
+    rows = [encoded[i] for i in range(0, len(encoded), step)]
 
     def batches() -> Iterator[dict[str, Tensor]]:
         size = task.recipe.batch_size
         for start in range(0, len(rows), size):
-            batch = collator([rows[i] for i in range(start, min(start + size, len(rows)))])
+            batch = collator(rows[start : start + size])
             yield model_inputs(teacher, batch) | {name: batch[name] for name in LABELS if name in batch}
 
     found = importance(teacher, batches())

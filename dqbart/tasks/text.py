@@ -40,10 +40,11 @@ class PlainText(Task):
                 f"{type(model).__name__}: has no masked-language-model head, which losses.task and losses.logits need; "
                 "use a method that looks at inner layers, such as minilm or tinybert"
             )
-        if "task" in self.recipe.terms and not self.recipe.mask_rate:
+        if self._masks and not self.recipe.mask_rate:
+            who = "losses.task, which learns" if "task" in self.recipe.terms else "method 'dynabert', which measures on"
             raise ValueError(
-                f"mask_rate {self.recipe.mask_rate!r} with losses.task, which learns masked words; expected above 0, "
-                "such as 0.15, or a method without it, such as tinybert"
+                f"mask_rate {self.recipe.mask_rate!r} with {who} masked words; expected above 0, such as 0.15, or a "
+                "method without them, such as tinybert"
             )
         Masker(self.tokenizer, self._rate())  # there is a mask, if one is needed
         return model
@@ -55,7 +56,7 @@ class PlainText(Task):
         return MaskedItems(pairs, masker, self.recipe.seed), self.collator
 
     def is_scored(self, examples: PlainTexts) -> bool:
-        return bool(self.recipe.terms.keys() & {"task", "logits"})
+        return self.recipe.elastic or bool(self.recipe.terms.keys() & {"task", "logits"})
 
     def why_unscored(self, data: Any) -> str:
         return (
@@ -85,9 +86,12 @@ class PlainText(Task):
                            padding=True, padding_side="right", return_tensors="pt")
         )  # fmt: skip
 
+    @property
+    def _masks(self) -> bool:
+        return "task" in self.recipe.terms or self.recipe.elastic  # importance is measured on masked words
+
     def _rate(self) -> float:
-        masks = "task" in self.recipe.terms or self.recipe.elastic  # importance is measured on masked words
-        return self.recipe.mask_rate if masks else 0.0
+        return self.recipe.mask_rate if self._masks else 0.0
 
     def _encode(self, texts: PlainTexts) -> EncodedBlocks:
         recipe = self.recipe
