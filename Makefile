@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/dqbart demo --out demo-out
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses logical
+	$(BIN)/python -m pytest --numprocesses logical --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -38,8 +38,6 @@ from ledger import RESULTS, Ledger, resumable
 
 KEYS = ("study", "cell")
 SPLITS = ("train", "validation", "test")
-SEED = 28
-DROPOUT = 0.1  # on tasks
 
 
 def say(text: str) -> None:
@@ -72,10 +70,10 @@ class Workshop:
         name = f"{model.layers}x{model.width}-{model.heads}-{words.name}-{model.length}"
         return self._once(start / name, lambda folder: random_bert(model, words, folder))
 
-    def with_dropout(self, model: Path) -> Path:
-        """A copy of a folder, which trains with `DROPOUT`."""
-        name = f"{model.parent.name}-{model.name}-dropout"
-        return self._once(self.work / "start" / name, lambda folder: copy_with_dropout(model, DROPOUT, folder))
+    def with_dropout(self, model: Path, dropout: float) -> Path:
+        """A copy of a folder, which trains with so much of it."""
+        name = f"{model.parent.name}-{model.name}-dropout-{dropout:g}"
+        return self._once(self.work / "start" / name, lambda folder: copy_with_dropout(model, dropout, folder))
 
     def rows(self, data: Data) -> Path:
         """A folder with the rows that a cell asks for."""
@@ -111,8 +109,9 @@ class Workshop:
         recipe = cell.recipe | lengths(cell, data) | {"bf16": self.bf16 and on_text}
         model = self.model(cell.model, texts)
         student = None if cell.student is None else self.model(cell.student, texts)
-        if not on_text:  # what is trained has dropout, copies of the model included
-            model, student = self.with_dropout(model), None if student is None else self.with_dropout(student)
+        if cell.dropout:  # copies of the model train, too
+            model = self.with_dropout(model, cell.dropout)
+            student = None if student is None else self.with_dropout(student, cell.dropout)
         result = dqbart.compress(
             model, data, student=student, output=output, device=self.device, recipe=dqbart.Recipe.from_dict(recipe)
         )
@@ -160,7 +159,7 @@ def random_bert(shape: Shape, tokenizer: Path, folder: Path) -> None:
 
     words = AutoTokenizer.from_pretrained(tokenizer)
     words.save_pretrained(folder)
-    set_seed(SEED)
+    set_seed(shape.seed)
     config = BertConfig(
         vocab_size=len(words), pad_token_id=words.pad_token_id, hidden_size=shape.width,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, intermediate_size=4 * shape.width,
@@ -201,7 +200,7 @@ def sample(source: Path, data: Data, folder: Path) -> None:
         rows = load_rows(source, split=split)
         kept: Sequence[int] = range(len(rows) if most is None else min(most, len(rows)))
         if "label" in rows[0] and len(kept) < len(rows):
-            kept = sorted(random.Random(SEED).sample(range(len(rows)), len(kept)))
+            kept = sorted(random.Random(data.seed).sample(range(len(rows)), len(kept)))
         names = ("sentence", "label") if "label" in rows[0] else ("text", "doc")
         write(folder / f"{split}.jsonl", ({name: rows[i][name] for name in names} for i in kept))
 
@@ -218,7 +217,9 @@ def augment(plain: Path, writer: Path, data: Data, folder: Path, device: str | N
     texts, rest = [row["sentence"] for row in rows[: data.augmented]], rows[data.augmented :]
     say(f"{data.name}: up to {data.variants} variants each of {len(texts):,} training rows of {len(rows):,}")
     model = AutoModelForMaskedLM.from_pretrained(writer).to(choose_device(device))
-    found = Augmenter(model, AutoTokenizer.from_pretrained(writer), variants=data.variants, seed=SEED).augment(texts)
+    found = Augmenter(model, AutoTokenizer.from_pretrained(writer), variants=data.variants, seed=data.seed).augment(
+        texts
+    )
     made = [{"sentence": row.text, "label": rows[row.origin]["label"]} for row in found]
     write(folder / "train.jsonl", [*made, *rest])
     for split in SPLITS[1:]:
@@ -296,8 +297,8 @@ def main() -> int:
         workshop = Workshop(args.data, (args.work or Path(scratch)) / size, args.device, args.bf16)
         failed = run(chosen, study, ledger, workshop)
         task = next(iter(study.task_steps))
-        own = [row for row in ledger.rows if row["study"] == str(study)]
-        winner = best(own, task, str(study.narrow))
+        done = [ledger.find(study=str(study), cell=cell.name) for cell in everything if is_done(cell, study, ledger)]
+        winner = best([row for row in done if row], task, str(study.narrow))
         if winner is not None and args.only in (None, "quantized"):
             failed += run(quantized(study, everything, winner), study, ledger, workshop)
         print(table(ledger.rows))

@@ -30,18 +30,21 @@ ABLATION: dict[str, dict[str, Any]] = {
     "no general stage": {},
 }
 TEXT_RATE, DEEP_TEXT_RATE = 1e-3, 4e-4  # on text; of twelve layers, LayerNorm behind each
+DROPOUT = 0.1  # on tasks; text is seen about once
+SEED = 28  # of everything that is not repeated
 STUDENT_RATE, TEACHER_RATE = 3e-4, 1e-4  # on tasks, by size, as BERT's small models like it
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A BERT's sizes, and, as a cell's model, one with random weights."""
+    """A BERT's sizes, and, as a cell's model, one with random weights of this seed."""
 
     layers: int
     width: int
     heads: int
     vocabulary: int
     length: int
+    seed: int = SEED
 
     def __str__(self) -> str:
         return f"{self.layers} x {self.width}"
@@ -68,12 +71,13 @@ class Data:
     writer: "Cell | None" = None
     augmented: int = 0
     variants: int = 0
+    seed: int = SEED  # of the draw, and of the variants
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One call of `dqbart.compress`, and the row that it gives. `steps`: of the method's parts, one or two. `shown`:
-    what the tables want to know of it.
+    """One call of `dqbart.compress`, and the row that it gives. `steps`: of the method's parts, one or two. `dropout`:
+    of what is trained. `shown`: what the tables want to know of it.
     """
 
     name: str
@@ -83,6 +87,7 @@ class Cell:
     recipe: dict[str, Any]
     shown: dict[str, Any]
     student: "Cell | Shape | None" = None
+    dropout: float = 0.0
 
     @property
     def settings(self) -> str:
@@ -227,7 +232,7 @@ class _Maker:
         ) | more  # fmt: skip
         shown = dict(part=part, shape=shape, method=label, task=task, seed=seed)
         steps = steps or (self.study.task_steps[task],)
-        return Cell(f"{task}/{name}/{seed}", model, data or self.data(task), steps, recipe, shown, student)
+        return Cell(f"{task}/{name}/{seed}", model, data or self.data(task), steps, recipe, shown, student, DROPOUT)
 
     def data(self, task: str, *, more: bool = False) -> Data:
         plain = Data(task, self.study.rows)

@@ -43,8 +43,10 @@ def extract(folder: str | Path, *, output: str | Path, width: float = 1.0, depth
     heads, neurons = width_sizes(whole.config, width)
     kept = kept_layers(whole.config.num_hidden_layers, depth)
     last = recipe.stages()[-1]
-    if width not in last.widths or depth not in last.depths:
-        say(f"width {width}, depth {depth}: not trained (widths {last.widths}, depths {last.depths}): measure it")
+    trained = "training" in report["seconds"]
+    if not trained or width not in last.widths or depth not in last.depths:
+        what = f"widths {last.widths}, depths {last.depths}" if trained else "nothing of this network was"
+        say(f"width {width}, depth {depth}: not trained ({what}): measure it")
     use_attention(whole)
     part = subnetwork(quantize(whole, recipe), width, depth)
     recipe = dataclasses.replace(recipe, layers=Layers(str(len(kept))))

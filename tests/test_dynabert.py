@@ -206,10 +206,18 @@ def test_a_sub_network_is_extracted(kind: str, request: pytest.FixtureRequest, l
         extract(whole, output=folder)
 
 
-def test_a_width_that_was_not_trained(rewired: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["extract", str(rewired), "--width", "0.6", "--out", str(tmp_path / "part")]) == 0
+@pytest.mark.parametrize(
+    ("whole", "why"),
+    [("trained", "(widths (0.25, 0.5, 0.75, 1.0), depths (0.5, 0.75, 1.0))"), ("rewired", "(nothing of this")],
+)
+def test_a_width_that_was_not_trained(
+    whole: str, why: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = request.getfixturevalue(whole)
+    capsys.readouterr()
+    assert main(["extract", str(folder), "--width", "0.6", "--out", str(tmp_path / "part")]) == 0
     said = capsys.readouterr()
-    assert "width 0.6, depth 1.0: not trained (widths (0.25, 0.5, 0.75, 1.0), depths (0.5, 0.75, 1.0))" in said.err
+    assert f"width 0.6, depth 1.0: not trained {why}" in said.err
     last = json.loads(said.out.splitlines()[-1])
     assert last["scores"] is None and last["subnetwork"]["heads"] == 2 and last["subnetwork"]["neurons"] == 29
     assert "scores" not in report(tmp_path / "part") and [f.name for f in tmp_path.iterdir()] == ["part"]

@@ -173,13 +173,13 @@ def test_a_copy_that_learns_a_task_has_dropout_and_its_original_none(tmp_path: P
     (tmp_path / "data" / "books" / "train.jsonl").write_text('{"text": "a good book"}\n' * 9)
     workshop = Workshop(tmp_path / "data", tmp_path / "work", "cpu", False)
     plain = workshop.model(Shape(2, 8, 2, 40, 16), Data("books"))
-    copy = workshop.with_dropout(plain)
+    copy = workshop.with_dropout(plain, 0.1)
     one, other = (BertForMaskedLM.from_pretrained(folder) for folder in (plain, copy))
     assert (one.config.hidden_dropout_prob, one.config.attention_probs_dropout_prob) == (0, 0)
     assert (other.config.hidden_dropout_prob, other.config.attention_probs_dropout_prob) == (0.1, 0.1)
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
     assert {file.name for file in plain.iterdir()} == {file.name for file in copy.iterdir()}
-    assert workshop.with_dropout(plain) == copy
+    assert workshop.with_dropout(plain, 0.1) == copy
 
 
 def test_a_finished_cell_with_other_settings_is_not_done(tmp_path: Path) -> None:
