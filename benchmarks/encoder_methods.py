@@ -217,9 +217,8 @@ def augment(plain: Path, writer: Path, data: Data, folder: Path, device: str | N
     texts, rest = [row["sentence"] for row in rows[: data.augmented]], rows[data.augmented :]
     say(f"{data.name}: up to {data.variants} variants each of {len(texts):,} training rows of {len(rows):,}")
     model = AutoModelForMaskedLM.from_pretrained(writer).to(choose_device(device))
-    found = Augmenter(model, AutoTokenizer.from_pretrained(writer), variants=data.variants, seed=data.seed).augment(
-        texts
-    )
+    words = AutoTokenizer.from_pretrained(writer)
+    found = Augmenter(model, words, variants=data.variants, seed=data.seed).augment(texts)
     made = [{"sentence": row.text, "label": rows[row.origin]["label"]} for row in found]
     write(folder / "train.jsonl", [*made, *rest])
     for split in SPLITS[1:]:

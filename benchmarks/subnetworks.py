@@ -110,8 +110,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     studies = dict.fromkeys(tuple(row[key] for key in STUDY) for row in rows)
     parts = []
     for study in studies:
+        teacher, data, steps, rate, widths, depths = study
+        words = f"{teacher} on {data}, {steps:,} steps a stage, widths {widths}, depths {depths}"
+        words += f", learning rate {rate:g}" if rate else ""
         own = [row for row in rows if tuple(row[key] for key in STUDY) == study]
-        parts.append(f"{study[0]} on {study[1]}, {study[2]:,} steps a stage:\n\n{_table_of(own)}")
+        parts.append(f"{words}:\n\n{_table_of(own)}")
     return "\n\n".join(parts)
 
 

@@ -58,6 +58,6 @@ def test_table() -> None:
     ]  # fmt: skip
     rows += [row | {"data": "another", "score": 0.0} for row in rows]  # which counts for nothing in the first
     title, _, *lines = subnetworks.table(rows).splitlines()
-    assert title == "t on d, 1,500 steps a stage:"
+    assert title == "t on d, 1,500 steps a stage, widths 0.5 1, depths 0.5:"
     assert lines[2] == "| 1 | 0.5 | 1.50 | 60.0 |  |  |"
     assert lines[3] == "| 0.5 | 0.5 | 1.50 | 50.0 | 81.0 ± 1.4 | 80.0 (-1.0) |"
