@@ -51,16 +51,6 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Stacked:
-    """A deep model to begin with: the layers of a trained shallow one, over and over (Gong et al. 2019, progressive
-    stacking). A shallow model reads four times as much text in the same time.
-    """
-
-    base: "Cell"
-    layers: int
-
-
-@dataclass(frozen=True)
 class Data:
     """A data set: at most so many rows of train, validation and test. `writer`: the cell whose model writes `variants`
     more of each of `augmented` training rows.
@@ -81,7 +71,7 @@ class Cell:
     """
 
     name: str
-    model: "Cell | Shape | Stacked"
+    model: "Cell | Shape"
     data: Data
     steps: tuple[int, ...]
     recipe: dict[str, Any]
@@ -101,8 +91,7 @@ class Cell:
 
     @property
     def needs(self) -> list["Cell"]:
-        model = self.model.base if isinstance(self.model, Stacked) else self.model
-        return [cell for cell in (model, self.student, self.data.writer) if isinstance(cell, Cell)]
+        return [cell for cell in (self.model, self.student, self.data.writer) if isinstance(cell, Cell)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +103,6 @@ class Study:
     batch: int
     teacher_steps: int
     student_steps: int
-    base_layers: int = 0  # of the shallow model that the teacher's layers begin as copies of; 0: of none
-    base_steps: int = 0
     mask_rate: float = 0.15
     task_steps: dict[str, int]  # of fine-tuning, and of TinyBERT's predictions
     inner_steps: int  # of TinyBERT's task stage before the predictions
@@ -143,7 +130,7 @@ class Study:
             raise ValueError(f"--steps {factor!r}: expected a factor above 0, such as 0.5")
         changes: dict[str, Any] = {
             name: max(1, round(getattr(self, name) * factor))
-            for name in ("teacher_steps", "student_steps", "inner_steps", "quantized_steps", "base_steps")
+            for name in ("teacher_steps", "student_steps", "inner_steps", "quantized_steps")
         }
         task_steps = {task: max(1, round(steps * factor)) for task, steps in self.task_steps.items()}
         return dataclasses.replace(self, **changes, task_steps=task_steps)
@@ -156,16 +143,15 @@ def _shape(layers: int, width: int, heads: int, vocabulary: int = 8000, length: 
 STUDIES = {
     "quick": Study(
         teacher=_shape(4, 48, 2, 1000, 32), narrow=_shape(2, 32, 2, 1000, 32), batch=4, teacher_steps=4,
-        student_steps=2, base_layers=2, base_steps=2, task_steps={"rt-polarity": 3}, inner_steps=2, quantized_steps=2,
+        student_steps=2, task_steps={"rt-polarity": 3}, inner_steps=2, quantized_steps=2,
         ablation_tasks=("rt-polarity",), rows=(60, 20, 30), texts=(40, 4, 0), augmented=3, variants=2, seeds=(1,),
         shapes=("narrow",), without=("no hidden loss", "no prediction loss", "no general stage"),
     ),
-    # two cores: five epochs of text for the shallow teacher, one for the whole, one for a student
+    # two cores, in bf16: half an epoch of text for the teacher, a quarter for a student
     "small": Study(
-        teacher=_shape(12, 192, 4), narrow=_shape(4, 128, 4), batch=8, teacher_steps=12_000, student_steps=12_000,
-        base_layers=3, base_steps=60_000, mask_rate=0.3,
-        task_steps={"clinc150": 2400, "rt-polarity": 1200, "blimp": 2000}, inner_steps=1200, quantized_steps=1200,
-        ablation_tasks=("clinc150",),
+        teacher=_shape(12, 192, 4, length=64), narrow=_shape(4, 128, 4, length=64), batch=16, teacher_steps=6000,
+        student_steps=3000, mask_rate=0.3, task_steps={"clinc150": 1500, "rt-polarity": 800, "blimp": 1500},
+        inner_steps=1000, quantized_steps=1000, ablation_tasks=("clinc150",),
     ),
     # one GPU, in bf16: fourteen epochs and seven
     "gpu": Study(
@@ -181,17 +167,13 @@ class _Maker:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        model: Shape | Stacked = study.teacher
-        if study.base_layers:
-            shallow = dataclasses.replace(study.teacher, layers=study.base_layers)
-            base = self.text("shallow teacher", shallow, study.base_steps, "finetune", "shallow teacher", shallow)
-            model = Stacked(base, study.teacher.layers)
         self.teacher = self.text(
-            "teacher", model, study.teacher_steps, "finetune", "teacher", study.teacher, learning_rate=DEEP_TEXT_RATE
-        )
+            "teacher", study.teacher, study.teacher_steps, "finetune", "teacher", study.teacher,
+            learning_rate=DEEP_TEXT_RATE,
+        )  # fmt: skip
 
     def text(
-        self, name: str, model: Cell | Shape | Stacked, steps: int, method: str, label: str, shape: Shape,
+        self, name: str, model: Cell | Shape, steps: int, method: str, label: str, shape: Shape,
         student: Shape | None = None, **more: Any,
     ) -> Cell:  # fmt: skip
         """On plain text: the teacher, and the students before they see a task."""

@@ -8,8 +8,7 @@ from pathlib import Path
 import encoder_methods
 import pytest
 import torch
-from conftest import word_tokenizer
-from encoder_methods import Workshop, is_done, lengths, sample, stack_layers
+from encoder_methods import Workshop, is_done, lengths, look_beside_, sample
 from encoder_methods_cells import (
     ABLATION,
     METHODS,
@@ -25,8 +24,7 @@ from encoder_methods_cells import (
 )
 from encoder_methods_tables import best, table
 from ledger import Ledger
-from tiny_models import tiny_encoder
-from transformers import BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM
 
 from dqbart.recipe import Recipe
 
@@ -106,7 +104,7 @@ def test_a_change_touches_what_stands_on_it_and_nothing_else() -> None:
     assert changed and all(name.startswith("blimp/") for name in changed)
     longer = by_name(dataclasses.replace(SMALL, teacher_steps=7))
     same = {name for name, cell in longer.items() if cell.settings == before[name].settings}
-    assert same and all("scratch" in name or name == "shallow teacher" for name in same)
+    assert same and all("scratch" in name for name in same)
 
 
 def test_steps_by_a_factor() -> None:
@@ -143,29 +141,25 @@ def test_samples_are_fixed_and_keep_all_that_is_asked_for(tmp_path: Path) -> Non
     assert len((tmp_path / "a" / "test.jsonl").read_text().splitlines()) == 5
 
 
-def test_a_deep_teacher_begins_as_layers_of_a_shallow_one(tmp_path: Path) -> None:
-    teacher = by_name()["teacher"]
-    assert [cell.name for cell in in_order([teacher])] == ["shallow teacher", "teacher"]
-    assert by_name(dataclasses.replace(SMALL, base_layers=0))["teacher"].model == SMALL.teacher
-    config = tiny_encoder("bert").config  # of 3 layers
-    shallow = BertForMaskedLM(config).eval()
-    shallow.save_pretrained(tmp_path / "shallow")
-    word_tokenizer().save_pretrained(tmp_path / "shallow")
-    stack_layers(tmp_path / "shallow", 7, tmp_path / "deep")
-    deep = BertForMaskedLM.from_pretrained(tmp_path / "deep")
-    assert deep.config.num_hidden_layers == 7
-    ids = torch.tensor([[0, 5, 6, 2]])
-    with torch.no_grad():
-        states = deep(ids, output_hidden_states=True).hidden_states
-        expected = shallow(ids, output_hidden_states=True).hidden_states
-        again = shallow.bert.encoder.layer[0](expected[3])
-        again = again[0] if isinstance(again, tuple) else again
-    assert all(torch.equal(a, b) for a, b in zip(states[:4], expected, strict=True))
-    assert torch.allclose(states[4], again, atol=1e-5)
-    assert all(
-        torch.equal(tensor, deep.state_dict()[name])
-        for name, tensor in shallow.state_dict().items()
+@pytest.mark.parametrize(("width", "heads"), [(64, 4), (60, 4), (36, 4)])  # heads of 16, 15 and 9
+def test_heads_begin_by_looking_at_the_words_beside(width: int, heads: int) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=width, num_hidden_layers=2, num_attention_heads=heads, intermediate_size=8,
+        max_position_embeddings=40,
     )  # fmt: skip
+    model = BertForMaskedLM(config).eval()
+    look_beside_(model)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        both = model(torch.randint(5, 50, (20, 40)), output_attentions=True).attentions
+    for maps_BHQK in both:
+        # how much goes to the word that lies so far away, on average
+        shares = {o: maps_BHQK.diagonal(o, dim1=2, dim2=3)[:, :, 5:-5].mean((0, 2)) for o in range(-5, 6)}
+        for head, offset in enumerate((-1, 1, -2, 2)):
+            assert max(shares, key=lambda o: float(shares[o][head])) == offset
+            assert shares[offset][head] > 3 / 40
+    assert model.bert.embeddings.position_embeddings.weight.std().item() == pytest.approx(config.initializer_range, rel=0.2)
 
 
 def test_a_copy_that_learns_a_task_has_dropout_and_its_original_none(tmp_path: Path) -> None:
@@ -277,6 +271,5 @@ def test_only_names_cells_and_what_they_stand_on(
     monkeypatch.setattr(sys, "argv", ["encoder_methods.py", *words])
     assert encoder_methods.main() == 0
     assert capsys.readouterr().out.splitlines() == [
-        "missing text shallow teacher", "missing text teacher", "missing text narrow/minilm2",
-        "missing task blimp/narrow/minilm2/3",
+        "missing text teacher", "missing text narrow/minilm2", "missing task blimp/narrow/minilm2/3",
     ]  # fmt: skip
