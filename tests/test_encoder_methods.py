@@ -141,7 +141,7 @@ def test_samples_are_fixed_and_keep_all_that_is_asked_for(tmp_path: Path) -> Non
     assert len((tmp_path / "a" / "test.jsonl").read_text().splitlines()) == 5
 
 
-@pytest.mark.parametrize(("width", "heads"), [(64, 4), (60, 4), (36, 4)])  # heads of 16, 15 and 9
+@pytest.mark.parametrize(("width", "heads"), [(64, 4), (60, 4), (128, 2)])  # heads of 16, 15 and 64
 def test_heads_begin_by_looking_at_the_words_beside(width: int, heads: int) -> None:
     torch.manual_seed(0)
     config = BertConfig(
@@ -156,10 +156,12 @@ def test_heads_begin_by_looking_at_the_words_beside(width: int, heads: int) -> N
     for maps_BHQK in both:
         # how much goes to the word that lies so far away, on average
         shares = {o: maps_BHQK.diagonal(o, dim1=2, dim2=3)[:, :, 5:-5].mean((0, 2)) for o in range(-5, 6)}
-        for head, offset in enumerate((-1, 1, -2, 2)):
+        for head, offset in enumerate((-1, 1, -2, 2)[:heads]):
             assert max(shares, key=lambda o: float(shares[o][head])) == offset
             assert shares[offset][head] > 3 / 40
-    assert model.bert.embeddings.position_embeddings.weight.std().item() == pytest.approx(config.initializer_range, rel=0.2)
+    assert model.bert.embeddings.position_embeddings.weight.std().item() == pytest.approx(
+        config.initializer_range, rel=0.2
+    )
 
 
 def test_a_copy_that_learns_a_task_has_dropout_and_its_original_none(tmp_path: Path) -> None:
