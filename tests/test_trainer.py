@@ -234,6 +234,11 @@ def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert training_arguments(recipe, tmp_path, 26, "cpu").max_steps == 6
 
 
+def test_bf16_without_a_gpu_and_no_device_named(tmp_path: Path) -> None:
+    arguments = training_arguments(Recipe(bf16=True), tmp_path, 26, None)  # transformers would refuse it
+    assert arguments.bf16 and arguments.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def test_bf16_leaves_a_student_as_it_came(tmp_path: Path) -> None:
     trainer = make(tmp_path, bf16=True, max_steps=3)
     train(trainer)

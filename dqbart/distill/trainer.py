@@ -63,7 +63,7 @@ def training_arguments(recipe: Recipe, folder: Path, examples: int, device: str 
         ddp_find_unused_parameters=not {"task", "logits"} & set(recipe.terms),  # they use every parameter
         report_to=[],
         disable_tqdm=True,
-        use_cpu=device == "cpu",
+        use_cpu=device == "cpu" or not torch.cuda.is_available(),  # unsaid, Trainer wants a GPU for bf16
     )
 
 
