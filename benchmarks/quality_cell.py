@@ -99,7 +99,7 @@ def _score(model: Any, tokenizer: Any, cell: Row, recipe: Recipe, folder: Path) 
     targets = examples.targets or []
     texts, settings = write_outputs(model, tokenizer, examples.sources, recipe.resolve(model.config))
     references: Any = examples.references or targets
-    found = metrics.score(recipe.scored_by, texts, references, language=recipe.language, generation=settings)
+    found = metrics.score(recipe.scored_by, texts, references, language=recipe.written_in, generation=settings)
     with (folder / "outputs.jsonl").open("w", encoding="utf-8") as file:
         for source, reference, output in zip(examples.sources, targets, texts, strict=True):
             file.write(json.dumps({"source": source, "reference": reference, "output": output}) + "\n")
@@ -120,8 +120,8 @@ def retention_interval(recipe: Recipe, ours: list[str], theirs: list[str], refer
 
     def statistics(texts: list[str]) -> Any:
         if recipe.scored_by == "bleu":
-            return metrics.bleu_statistics(texts, references, language=recipe.language)
-        return metrics.rouge_per_example(texts, references, language=recipe.language)[MAIN["rouge"]][:, None]
+            return metrics.bleu_statistics(texts, references, language=recipe.written_in)
+        return metrics.rouge_per_example(texts, references, language=recipe.written_in)[MAIN["rouge"]][:, None]
 
     def ratio(sums: Any) -> float:
         student, teacher = (value(part) for part in np.split(sums, 2))

@@ -32,6 +32,7 @@ RECIPE_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "source_prefix": (str, "put before every input"),
     "source_lang": (str, "mBART language code of the inputs, such as en_XX"),
     "target_lang": (str, "mBART language code of the outputs, such as de_DE"),
+    "language": (str, "code of the outputs' language, for scores (as --target-lang says, else en)"),
     "metric": (str, "what models are chosen by (by task: rouge, accuracy, spearman, ...)"),
     "seed": (int, "of everything random"),
 }
@@ -96,6 +97,9 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--source-column")
     verb.add_argument("--pair-column")
     verb.add_argument("--target-column")
+    verb.add_argument("--source-lang", help="mBART language code of the inputs, such as en_XX")
+    verb.add_argument("--target-lang", help="mBART language code of the outputs, such as de_DE")
+    verb.add_argument("--language", help="code of the references' language (as --target-lang says, else en)")
     verb.add_argument("--limit", type=int, help="a fixed sample of this many examples")
     verb.add_argument("--batch-size", type=int, default=32)
     verb.add_argument("--generation", metavar="JSON", default="{}", help="such as '{\"num_beams\": 1}'")
@@ -107,6 +111,8 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("model")
     verb.add_argument("--text", action="append", help="an input; may be repeated; default: lines of stdin")
     verb.add_argument("--generation", metavar="JSON", default="{}")
+    verb.add_argument("--source-lang", help="mBART language code of the inputs, such as en_XX")
+    verb.add_argument("--target-lang", help="mBART language code of the outputs, such as de_DE")
     verb.add_argument("--device")
     verb.set_defaults(run=run_generate)
 
@@ -203,14 +209,17 @@ def run_augment(args: argparse.Namespace) -> dict[str, Any]:
 def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     from dqbart.tasks.run import evaluate
 
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # now, not after the work
     result, rows = evaluate(
         args.model, args.data, split=args.split, task=args.task, metric=args.metric,
         source_column=args.source_column, pair_column=args.pair_column, target_column=args.target_column,
-        limit=args.limit, batch_size=args.batch_size, generation=_json_object(args.generation), device=args.device,
+        source_lang=args.source_lang, target_lang=args.target_lang, language=args.language, limit=args.limit,
+        batch_size=args.batch_size, generation=_json_object(args.generation), device=args.device,
     )  # fmt: skip
+    print(result)
     if args.out:
         Path(args.out).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-    print(result)
     return {"model": args.model} | result.to_dict()
 
 
@@ -218,7 +227,10 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     from dqbart.tasks.run import write_texts
 
     texts = args.text if args.text is not None else [line for line in sys.stdin.read().splitlines() if line.strip()]
-    written = write_texts(args.model, texts, generation=_json_object(args.generation), device=args.device)
+    written = write_texts(
+        args.model, texts, generation=_json_object(args.generation), source_lang=args.source_lang,
+        target_lang=args.target_lang, device=args.device,
+    )  # fmt: skip
     for text in written:
         print(text)
     return {"model": args.model, "outputs": written}

@@ -81,7 +81,8 @@ def compress(
     anything is written; `GateError` if the packed folder doesn't behave as the student.
     """
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
-    output = Path(os.path.abspath(output))
+    output = Path(os.path.abspath(Path(output).expanduser()))
+    teacher, student = (_at_home(name) for name in (teacher, student))
     say(f"teacher {teacher if isinstance(teacher, str | Path) else type(teacher).__name__}")
     from dqbart.data.batches import model_inputs, tokenizer_for
     from dqbart.distill.objective import open_objective
@@ -145,8 +146,14 @@ def compress(
     return Result(output, report)
 
 
+def _at_home(name: Any) -> Any:
+    """A path with its ~ replaced, which no shell has done for a YAML file or a Python call."""
+    return os.path.expanduser(name) if isinstance(name, str | Path) else name
+
+
 def _described(data: Any, train: Any, dev: Any) -> dict[str, Any]:
     """What the card says of the data: a bare name, never a path of this machine."""
+    data = _at_home(data)
     named = isinstance(data, str | Path)
     return {
         "name": Path(data).name if named and Path(data).exists() else str(data) if named else type(data).__name__,

@@ -128,7 +128,7 @@ class Recipe:
 
     # Model selection and scores
     metric: str | None = None  # None: the first of METRICS for the task
-    language: str = "en"  # of the target text: rouge stems English only
+    language: str | None = None  # of the target text; None: of target_lang, else English, which rouge stems
     evaluations: int = 4  # dev decodings during training, the last step included
     dev_subset: int = 200
     eval_batch_size: int = 32
@@ -258,6 +258,11 @@ class Recipe:
         return self.metric or METRICS[self.task or "seq2seq"][0]
 
     @property
+    def written_in(self) -> str:
+        """The language of outputs and references, for scores."""
+        return self.language or self.target_lang or "en"
+
+    @property
     def terms(self) -> dict[str, float]:
         """The loss terms that take part, with their weights."""
         return self.losses.used()
@@ -285,7 +290,8 @@ class Recipe:
         self._check_family(config, task)
         if self.elastic:
             self._check_elastic(config, task, student)
-        positions = config.max_position_embeddings - first_position(config)
+        both = [config] if student is None else [config, student]
+        positions = min(one.max_position_embeddings - first_position(one) for one in both)
         changes: dict[str, Any] = {
             "task": task,
             "metric": self.metric or METRICS[task][0],

@@ -50,6 +50,8 @@ def load_teacher(
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     if tokenizer is None:
         raise ValueError("tokenizer is missing: a teacher given as an object needs tokenizer=... beside it")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no padding token; give the one of the checkpoint")
     return model.to(choose_device(device)).eval(), tokenizer, task
 
 

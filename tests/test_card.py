@@ -76,7 +76,7 @@ def test_the_snippet_runs_in_a_fresh_process(which: str, request: pytest.Fixture
 def test_metadata_of_a_local_teacher(scored: Result) -> None:
     data = ModelCard.load(scored.folder / "README.md").data
     assert data.base_model is None and "base_model_relation" not in data.to_dict() and data.license is None
-    assert data.library_name == "dqbart" and data.pipeline_tag == "summarization" and data.language == ["en"]
+    assert data.library_name == "dqbart" and data.pipeline_tag == "summarization" and data.language is None
     assert data.model_name == "it's small" and data.metrics == ["rouge"]
     values = scored.report["scores"]["student"]["values"]
     assert {r.metric_name: r.metric_value for r in data.eval_results} == {
@@ -105,7 +105,19 @@ def test_without_scores_nothing_is_claimed(translator: Result) -> None:
     assert "without a dev set" in found.text and "Not measured" in found.text and "without training" in found.text
 
 
-def test_an_unscored_bart_has_no_language(scored: Result, tmp_path: Path) -> None:
+def test_the_language_is_the_one_that_was_given(scored: Result, tmp_path: Path) -> None:
+    recipe = scored.report["recipe"] | {"language": "zh"}
+    assert written(changed(scored.report, recipe=recipe), tmp_path).data.language == ["zh"]
+
+
+def test_the_configuration_of_a_data_set_is_no_part_of_its_name(scored: Result, tmp_path: Path) -> None:
+    data = {"name": "nyu-mll/glue:sst2", "on_hub": True, "train": 9, "dev": 9}
+    found = written(changed(scored.report, data=data), tmp_path).data
+    assert found.datasets == ["nyu-mll/glue"]
+    assert {(r.dataset_type, r.dataset_config) for r in found.eval_results} == {("nyu-mll/glue", "sst2")}
+
+
+def test_an_unscored_bart_has_no_pipeline_tag_of_summaries(scored: Result, tmp_path: Path) -> None:
     report = copy.deepcopy(scored.report)
     del report["scores"], report["seconds"]["training"]
     found = written(report, tmp_path)

@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from test_generate import mbart_tokenizer
+from tiny_models import tiny_seq2seq
+from transformers import MBart50Tokenizer, MBartForConditionalGeneration
 
 from dqbart.cli import main, parser, recipe_and_run
 
@@ -58,6 +61,24 @@ def test_verbs_end_in_json(packed: Path, pairs_file: Path, tmp_path: Path, capsy
     doctor = capsys.readouterr().out
     assert last_json(doctor)["engines"][-1] == "torch"
     assert "engine cpu: " in doctor and "integer products on this CPU" in doctor
+
+
+def test_eval_and_generate_take_mbart_s_languages(tmp_path: Path, pairs_file: Path, capsys) -> None:
+    tokenizer = mbart_tokenizer(MBart50Tokenizer)
+    config = tiny_seq2seq("mbart").config
+    config.vocab_size = len(tokenizer)
+    MBartForConditionalGeneration(config).save_pretrained(tmp_path / "mbart")
+    tokenizer.save_pretrained(tmp_path / "mbart")
+    codes = ["--source-lang", "en_XX", "--target-lang", "de_DE"]
+    words = ["eval", str(tmp_path / "mbart"), "--data", str(pairs_file), "--limit", "3", "--metric", "bleu"]
+    assert main([*words, "--generation", '{"max_length": 8}']) == 2
+    assert "--source-lang" in capsys.readouterr().err
+    assert main([*words, *codes, "--generation", '{"max_length": 8}']) == 0
+    score = last_json(capsys.readouterr().out)
+    assert score["language"] == "de_DE" and score["generation"]["forced_bos_token_id"] is not None
+    assert main([*words, *codes, "--language", "zh", "--generation", '{"max_length": 8}']) == 0
+    assert "tok:zh" in last_json(capsys.readouterr().out)["definition"]
+    assert main(["generate", str(tmp_path / "mbart"), "--text", "the cat", *codes]) == 0
 
 
 def test_eval_takes_a_plain_checkpoint(teacher_folder: Path, pairs_file: Path, capsys) -> None:

@@ -1,6 +1,7 @@
 """Files and objects to rows, rows to columns, texts to batches."""
 
 import csv
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -13,8 +14,10 @@ from transformers import BartTokenizer, DataCollatorForSeq2Seq, MBart50Tokenizer
 
 from dqbart.data import files
 from dqbart.data.batches import Collator, encode_pairs, language_codes, set_languages
-from dqbart.data.columns import Columns, Examples, guess_columns, hold_out, read_examples
+from dqbart.data.columns import Columns, Examples, guess_columns, hold_out, read_examples, sample
 from dqbart.data.files import list_splits, load_rows
+from dqbart.data.splits import read_split, train_and_dev
+from dqbart.recipe import Recipe
 
 ROWS = [
     {"source": 'a "quoted", text\nin two lines', "target": "été 中文\u2028x"},
@@ -89,6 +92,13 @@ def test_large_csv_field_and_pandas_index_column(tmp_path: Path) -> None:
         ("a.csv", b"a,b\n1,2\n\n1,2,3\n", r"a.csv line 4: 3 fields, but the first line names 2: \['a', 'b'\]"),
         ("a.csv", b'a,b\n"1\n1",2\n1\n', "a.csv line 4: 1 fields, but"),
         ("a.csv", b"a,a\n1,2\n", "a.csv line 1: two columns have the same name"),
+        (
+            "a.csv",
+            b"text;summary\nthe cat;cat\n",
+            "a.csv: one column, 'text;summary': it seems to be divided by ';', ex",
+        ),
+        ("a.csv", b"a\tb\n1\t2\n", r"it seems to be divided by '\\t', expected ','; save it as csv with commas"),
+        ("a.tsv", b"a,b\n1,2\n", r"it seems to be divided by ',', expected '\\t'"),
         ("a.tsv", b'a\tb\n"He" said\tx\n', "a.tsv line 2: .*quotes doubled"),
         ("a.csv", b'a,b\n1,2\n"open,2\n3,4\n', "a.csv line 3: .*quotes doubled"),
         ("a.xlsx", b"PK", "a.xlsx: unknown kind of file '.xlsx'; expected one of .csv, .csv.gz, .tsv"),
@@ -264,8 +274,55 @@ def test_hold_out_keeps_equal_sources_together() -> None:
     for count in (0, -1, 90, 1000):
         with pytest.raises(ValueError, match=f"can't hold out {count} of 90 examples .30 different"):
             hold_out(examples, count)
-    with pytest.raises(ValueError, match="can't hold out 1 of 2"):
+    with pytest.raises(ValueError, match=r"can't hold out 1 of 2 .* equal ones together\); give --dev-data"):
         hold_out(Examples(["same", "same"]), 1)
+
+
+def test_a_crowd_of_equal_sources_stays_for_training() -> None:
+    for other in range(40):  # wherever its hash puts the crowd
+        examples = Examples([f"crowd {other}"] * 900 + [f"text {i}" for i in range(100)])
+        rest, held = hold_out(examples, 10)
+        assert len(held) == 10 and len(rest) == 990
+        assert len(sample(examples, 10)) == 10
+    rest, held = hold_out(Examples([f"text {i % 4}" for i in range(64)]), 6)  # no group is small
+    assert len(held) == 16 and not set(rest.sources) & set(held.sources)
+
+
+def pairs_of(targets: list[str], folder: Path) -> Path:
+    return write(folder / "pairs.jsonl", [{"source": f"s{i}", "target": text} for i, text in enumerate(targets)])
+
+
+def test_targets_that_are_not_english_need_a_language(tmp_path: Path) -> None:
+    recipe = Recipe(source_column="source", target_column="target")
+    chinese = pairs_of(["这是一本书 (2021)", "猫 sat"], tmp_path)
+    with pytest.raises(
+        ValueError, match=r"written in a to z, and as English they would score 0; give --language, such"
+    ):
+        read_split(chinese, recipe, "train")
+    for given in ({"language": "zh"}, {"source_lang": "en_XX", "target_lang": "zh_CN"}):
+        assert len(read_split(chinese, dataclasses.replace(recipe, **given), "train")) == 2
+    assert recipe.written_in == "en" and Recipe(target_lang="zh_CN").written_in == "zh_CN"
+    assert Recipe(target_lang="zh_CN", language="ja").written_in == "ja"
+    for fine in (["Grüße, ähnlich"], ["42", "17"]):
+        assert len(read_split(pairs_of(fine, tmp_path), recipe, "train")) == len(fine)
+
+
+@pytest.mark.parametrize("labelled", [("validation",), ("train", "validation"), ("train",)])
+def test_a_validation_split_is_used_if_it_can_be_scored(labelled: tuple[str, ...], tmp_path: Path, capsys: Any) -> None:
+    for split, count in (("train", 40), ("validation", 5)):
+        rows = [{"source": f"{split} {i}"} | ({"target": "t"} if split in labelled else {}) for i in range(count)]
+        write(tmp_path / f"{split}.jsonl", rows)
+    recipe = Recipe(source_column="source")
+
+    def read(data: Any, split: str) -> Examples:
+        return read_split(data, recipe, split)
+
+    train, dev = train_and_dev(read, tmp_path, None, recipe, 4, lambda e: e.targets is not None)
+    assert train is not None and len(train) == 40
+    if "validation" in labelled:
+        assert dev is not None and len(dev) == 5
+    else:
+        assert dev is None and "the validation split has nothing to score against: left out" in capsys.readouterr().err
 
 
 # --- batches

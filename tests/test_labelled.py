@@ -154,6 +154,8 @@ def test_rows_without_labels() -> None:
         assert (found.labels, found.names, found.kind) == (None, ["x", "y"], "classification")
         assert labelled(missing, missing, kind="regression").labels is None
     assert labelled(-1, -1, names=["-1", "1"]).labels == [0, 0]
+    assert labelled("good", "-1", "good").names == ["-1", "good"]  # a name like any other
+    assert labelled(-1, 0, 1).labels == [0, 1, 2]
     assert labelled("a", columns=LabelColumns("text")).labels is None
     rows: list[dict[str, Any]] = [{"text": " ", "label": [1]}, {"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
     rows.append({"text": None, "label": None})  # labels of rows that are left out don't count
@@ -176,6 +178,7 @@ def test_rows_without_labels() -> None:
         ([1.5, float("inf")], {}, "row 2: column 'label' holds inf, expected a finite number"),
         (["1.5", "1e999"], {}, "row 2: column 'label' holds '1e999', expected a finite number"),
         ([True, False], {"kind": "regression"}, "row 1: column 'label' holds True, expected a finite number"),
+        ([0, 1, 2, -1], {}, "row 4: column 'label' holds -1, others up to 2; hub sets write -1 for no label, so leave"),
         ([1], {"kind": "ranking"}, "kind 'ranking': expected 'classification' or 'regression'"),
         ([1], {"names": []}, "names of length 0: expected a list of different texts"),
         ([1], {"names": ["a", "a"]}, "names 'a', 'a': expected a list of different texts"),

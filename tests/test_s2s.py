@@ -194,13 +194,14 @@ def test_training_sees_what_decoding_sees(kind: str, numerics: str) -> None:
     pairs = items(layout, ["the cat sees a small dog", "dog"], ["a dog sees cat", "cat old cat"])
     batch = plain(layout)(pairs)
     logits = logits_of(model, batch)
+    near = 2e-4 if numerics == "float" else 3e-3  # where a code falls to the other side, as processors round
     for row, pair in enumerate(pairs):
         trained = logits[row][batch["labels"][row] != -100]
         assert len(trained) == len(pair["labels"])
         for cached in (False, True) if kind in CACHED else (False,):
-            assert torch.allclose(steps(model, pair, cached), trained, atol=2e-4), (row, cached)
-            assert torch.allclose(steps(model, pair, cached, 5, "left"), trained, atol=2e-4)
-            assert torch.allclose(steps(model, pair, cached, 3, "right"), trained, atol=2e-4)
+            assert torch.allclose(steps(model, pair, cached), trained, atol=near), (row, cached)
+            assert torch.allclose(steps(model, pair, cached, 5, "left"), trained, atol=near)
+            assert torch.allclose(steps(model, pair, cached, 3, "right"), trained, atol=near)
 
 
 @pytest.mark.parametrize("kind", ENCODERS)

@@ -1,6 +1,7 @@
 """Every task from a data file to a packed folder and back, on small encoders; and what is refused on the way."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,96 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("dqbart: error: ")
     return line
+
+
+def test_what_a_model_lacks_is_said_at_once(
+    bert: Path, classifier: Path, labelled: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = ("--out", tmp_path / "out")
+    said = refused(
+        capsys, bert, "--task", "classification", "--method", "finetune", "--bits", "32-32-32", "--epochs", "0", *out
+    )
+    assert "no classes are known: neither the checkpoint nor any training data has them; give --data" in said
+    tokenizer = AutoTokenizer.from_pretrained(classifier)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "padless")
+    AutoModelForSequenceClassification.from_pretrained(classifier).save_pretrained(tmp_path / "padless")
+    said = refused(capsys, tmp_path / "padless", "--data", labelled, "--method", "prediction", *out)
+    assert "padless' has no padding token; give the one of the checkpoint" in said
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
+
+
+def test_class_names_that_are_numbers(classifier: Path, tmp_path: Path) -> None:
+    shutil.copytree(classifier, tmp_path / "numbers")
+    (tmp_path / "numbers" / "recipe.yaml").unlink()
+    config = json.loads((classifier / "config.json").read_text())
+    config |= {"id2label": {"0": 0, "1": 5}, "label2id": {"0": 0, "5": 1}}
+    (tmp_path / "numbers" / "config.json").write_text(json.dumps(config))
+    rows = [{"sentence": text, "label": [0, 5]["dog" in text]} for text in sentences(40)]
+    assert evaluate(str(tmp_path / "numbers"), write(tmp_path / "d.jsonl", rows))[0].n == 40
+
+
+def test_a_student_of_fewer_positions_reads_shorter_texts(classifier: Path, labelled: Path, tmp_path: Path) -> None:
+    config = tiny_encoder("bert").config
+    config.max_position_embeddings = 12
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "short")
+    recipe = dqbart.Recipe(bits="8-8-8", method="prediction", **FEW)  # type: ignore[arg-type]
+    rows = [{"sentence": " ".join(sentences(3, seed=i)), "label": ["dog", "other"][i % 2]} for i in range(30)]
+    result = dqbart.compress(
+        classifier,
+        write(tmp_path / "long.jsonl", rows),
+        recipe=recipe,
+        student=tmp_path / "short",
+        output=tmp_path / "o",
+    )
+    assert result.report["recipe"]["max_source_length"] == 12
+
+
+def test_eval_keeps_a_folder_s_own_settings(bert: Path, tmp_path: Path, capsys: Any) -> None:
+    rows = [{"source": text, "target": " ".join(text.split()[:2])} for text in sentences(40, seed=10)]
+    data = write(tmp_path / "pairs.jsonl", rows)
+    recipe = dqbart.Recipe(
+        bits="32-32-32", method="finetune", task="s2s", max_target_length=6,
+        generation={"num_beams": 3, "min_new_tokens": 2}, **FEW,  # type: ignore[arg-type]
+    )  # fmt: skip
+    dqbart.compress(bert, data, recipe=recipe, output=tmp_path / "small")
+    for given, beams in (("{}", 3), ('{"num_beams": 2}', 2)):
+        capsys.readouterr()
+        words = ["eval", str(tmp_path / "small"), "--data", str(data), "--limit", "4", "--generation", given]
+        assert main([*words, "--out", str(tmp_path / "new" / "folder" / "rows.jsonl")]) == 0
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])["generation"]
+        assert (found["num_beams"], found["min_new_tokens"]) == (beams, 2)
+    assert len((tmp_path / "new" / "folder" / "rows.jsonl").read_text().splitlines()) == 4
+
+
+def test_classes_of_pairs_are_no_similarities(tmp_path: Path) -> None:
+    folder = tmp_path / "encoder"
+    tiny_encoder("bert").bert.save_pretrained(folder)
+    bert_tokenizer().save_pretrained(folder)
+    write_pooling(folder, Pooling())
+    pairs = list(zip(sentences(30, seed=7), sentences(30, seed=8), strict=True))
+    for labels, scored in ((["entailment", "neutral"], False), ([0, 2], False), ([0.5, 2], True)):
+        rows = [{"premise": a, "hypothesis": b, "label": labels[i % 2]} for i, (a, b) in enumerate(pairs)]
+        data = write(tmp_path / "pairs.jsonl", rows)
+        recipe = dqbart.Recipe(bits="8-8-8", epochs=0, method="sentence")
+        result = dqbart.compress(folder, data, recipe=recipe, output=tmp_path / "small", overwrite=True)
+        assert ("scores" in result.report) == scored
+    asked = dqbart.Recipe(bits="8-8-8", epochs=0, method="sentence", target_column="label")
+    with pytest.raises(ValueError, match="row 1: column 'label' holds 'entailment', expected a finite number"):
+        named = write(
+            tmp_path / "named.jsonl", [{"premise": a, "hypothesis": b, "label": "entailment"} for a, b in pairs]
+        )
+        dqbart.compress(folder, named, recipe=asked, output=tmp_path / "small", overwrite=True)
+
+
+def test_home_is_found_without_a_shell(classifier: Path, labelled: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(classifier, tmp_path / "teacher")
+    shutil.copy(labelled, tmp_path / "l.jsonl")
+    result = dqbart.compress("~/teacher", "~/l.jsonl", recipe=dqbart.Recipe(bits="8-8-8", epochs=0), output="~/small")
+    assert (tmp_path / "small" / "config.json").is_file() and not (tmp_path / "~").exists()
+    assert result.report["data"]["name"] == "l.jsonl" and not result.report["data"]["on_hub"]
 
 
 def test_what_does_not_fit(

@@ -171,7 +171,7 @@ S = TypeVar("S", bound=Splittable)
 
 
 def hold_out(examples: S, count: int) -> tuple[S, S]:
-    """Split off at least `count` examples: (rest, held out), both in file order.
+    """Split off about `count` examples: (rest, held out), both in file order.
 
     Examples go by the hash of their source, so equal sources stay together, no seed is needed, and
     adding rows to a file moves few examples across. Raises `ValueError` where nothing would be left on one side.
@@ -179,34 +179,39 @@ def hold_out(examples: S, count: int) -> tuple[S, S]:
     held = _by_hash(examples, count)
     if not 0 < len(held) < len(examples):
         raise ValueError(
-            f"can't hold out {count} of {len(examples)} examples ({len({*examples.sources})} different sources);"
-            " expected at least one on each side"
+            f"can't hold out {count} of {len(examples)} examples ({len({*examples.sources})} different sources, equal "
+            "ones together); give --dev-data"
         )
     rest = sorted(set(range(len(examples))).difference(held))
     return examples.select(rest), examples.select(held)
 
 
 def sample(examples: S, count: int | None) -> S:
-    """The examples that `hold_out` would take, in file order; all where there are no more, or `count` is None.
+    """`count` examples chosen as `hold_out` does, in file order; all where there are no more, or `count` is None.
 
     The first rows of a file are no sample of a set that is sorted by class, length or document. Raises `ValueError`
     for a count below 1.
     """
     if count is not None and count < 1:
         raise ValueError(f"a sample of {count} examples: expected at least 1")
-    return examples if count is None or count >= len(examples) else examples.select(_by_hash(examples, count))
+    if count is None or count >= len(examples):
+        return examples
+    return examples.select(_by_hash(examples, count, whole=False))
 
 
-def _by_hash(examples: Splittable, count: int) -> list[int]:
+def _by_hash(examples: Splittable, count: int, *, whole: bool = True) -> list[int]:
+    """`whole`: equal sources all or none, and none that would make it more than twice `count`; else just `count`."""
     by_hash: dict[bytes, list[int]] = {}
     for index, source in enumerate(examples.sources):
         by_hash.setdefault(hashlib.sha256(source.encode()).digest(), []).append(index)
     held: list[int] = []
+    most = max(2 * count, min(map(len, by_hash.values()), default=0))  # one of them, if all are large
     for key in sorted(by_hash):
         if len(held) >= count:
             break
-        held += by_hash[key]
-    return sorted(held)
+        if not whole or len(held) + len(by_hash[key]) <= most:
+            held += by_hash[key]
+    return sorted(held if whole else held[:count])
 
 
 def check_column(name: str, flag: str, kinds: Collection[str]) -> None:

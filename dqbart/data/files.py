@@ -204,6 +204,12 @@ def _table_rows(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[Ro
             continue
         if names is None:
             names = fields
+            other = next((mark for mark in ";\t|," if mark in names[0]), None) if len(names) == 1 else None
+            if other is not None:
+                raise ValueError(
+                    f"{path}: one column, {names[0]!r}: it seems to be divided by {other!r}, expected {delimiter!r}; "
+                    "save it as csv with commas, as .tsv with tabs, or as .jsonl"
+                )
             if len(set(names)) < len(names):
                 raise ValueError(f"{path} line {number}: two columns have the same name, in {names}")
         elif len(fields) != len(names):

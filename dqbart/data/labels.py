@@ -44,7 +44,7 @@ def read_labels(
     kind = kind or ("classification" if names else None)
     labels = _all_or_none(column, values)
     numbers = {row: number for row, value in labels.items() if (number := _number(value)) is not None}
-    hidden = set(numbers.values()) == {-1} and "-1" not in (names or ())
+    hidden = len(numbers) == len(labels) and set(numbers.values()) == {-1} and "-1" not in (names or ())
     if not labels or hidden:
         return kind, None if names is None else list(names), None
     if kind is None:
@@ -101,7 +101,14 @@ def _class_names(column: str, labels: Mapping[int, Label], numbers: Mapping[int,
                     f"row {row}: column {column!r} holds {labels[row]!r:.60}, expected names or whole numbers for "
                     "classification; numbers with a fraction are for regression"
                 )
-        names = [str(number) for number in sorted(set(numbers.values()))]
+        different = sorted(set(numbers.values()))
+        if different[0] == -1 and different[1:3] == [0, 1] and different[-1] > 1:
+            row = next(row for row, number in numbers.items() if number == -1)
+            raise ValueError(
+                f"row {row}: column {column!r} holds -1, others up to {different[-1]}; hub sets write -1 for no label, "
+                "so leave such rows out"
+            )
+        names = [str(number) for number in different]
     else:
         names = sorted({str(value) for value in labels.values()})
     if len(names) < 2:

@@ -10,6 +10,7 @@ from dqbart.data.files import list_splits, load_rows
 from dqbart.recipe import Recipe
 
 E = TypeVar("E", bound=Splittable)
+_LOOK = 1000  # targets that the language is told by
 
 
 def train_and_dev(
@@ -18,8 +19,8 @@ def train_and_dev(
 ) -> tuple[E | None, E | None]:  # fmt: skip
     """`(train, dev)`, as `read(data, split)` gives them; both None without data.
 
-    Dev is `dev_data`, else the validation split of `data`, else up to `held_out` examples (a tenth at most) taken
-    from the training data by hash. Without references there is no dev set. Raises what `read` raises, and
+    Dev is `dev_data`, else the validation split of `data`, else up to `held_out` examples (a tenth, and equal sources
+    together) taken from the training data by hash. What has no references is no dev set. Raises what `read` raises, and
     `ValueError` where training is asked for without data.
     """
     if data is None:
@@ -31,14 +32,14 @@ def train_and_dev(
     train = read(data, "train")
     if dev_data is not None:
         return train, read(dev_data, "validation")
-    if not has_references(train):
-        return train, None
     if "validation" in list_splits(data):
-        return train, read(data, "validation")
-    count = min(held_out, len(train) // 10)
-    if count == 0:
+        dev = read(data, "validation")
+        if has_references(dev):
+            return train, dev
+        print("the validation split has nothing to score against: left out", file=sys.stderr, flush=True)
         return train, None
-    return hold_out(train, count)
+    count = min(held_out, len(train) // 10)
+    return hold_out(train, count) if count and has_references(train) else (train, None)
 
 
 def data_name(data: Any) -> str:
@@ -59,4 +60,15 @@ def read_split(data: Any, recipe: Recipe, split: str) -> Examples:
     name = data_name(data)
     skipped = f", {examples.skipped:,} empty rows left out" if examples.skipped else ""
     print(f"{name} ({split}): {len(examples):,} examples{skipped}; {columns}", file=sys.stderr, flush=True)
+    if recipe.written_in == "en" and examples.targets is not None and _is_foreign(examples.targets[:_LOOK]):
+        raise ValueError(
+            f"data {name!r}: the targets are hardly written in a to z, and as English they would score 0; give "
+            "--language, such as zh or ru"
+        )
     return examples
+
+
+def _is_foreign(texts: list[str]) -> bool:
+    """Whether most letters are none of the alphabet's 26."""
+    letters = [letter for text in texts for letter in text if letter.isalpha()]
+    return sum(map(str.isascii, letters)) < len(letters) / 2

@@ -83,7 +83,8 @@ def metadata(report: dict[str, Any], on_hub: str | None, called: str) -> str:
     quantized = _quantized(report)
     recipe, scores, data = report["recipe"], report.get("scores"), report.get("data") or {}
     codes = [recipe["source_lang"], recipe["target_lang"]]
-    languages = [code.split("_")[0] for code in codes if code] or ([recipe["language"]] if scores else [])
+    languages = [code.split("_")[0] for code in codes if code] or [code for code in [recipe["language"]] if code]
+    data_set, _, configuration = data.get("name", "").partition(":")
     if recipe["task"] in TAGS:
         task = TAGS[recipe["task"]]
     elif any(codes) or recipe["metric"] == "bleu":
@@ -92,7 +93,8 @@ def metadata(report: dict[str, Any], on_hub: str | None, called: str) -> str:
         task = "summarization" if scores else "text2text-generation"
     results = [
         EvalResult(
-            task_type=task, dataset_type=data["name"] if data.get("on_hub") else "unknown",
+            task_type=task, dataset_type=data_set if data.get("on_hub") else "unknown",
+            dataset_config=configuration if data.get("on_hub") and configuration else None,
             dataset_name=data.get("name", "dev set"), dataset_split="dev", metric_name=NAMES.get(metric, metric),
             metric_type="rouge" if metric.startswith("rouge") else ON_HUB.get(metric, metric),
             metric_value=round(value, 2),
@@ -105,7 +107,7 @@ def metadata(report: dict[str, Any], on_hub: str | None, called: str) -> str:
         library_name="dqbart" if quantized or "subnetwork" in report else "transformers",
         pipeline_tag=task,
         language=languages or None,
-        datasets=[data["name"]] if data.get("on_hub") else None,
+        datasets=[data_set] if data.get("on_hub") else None,
         metrics=list(dict.fromkeys(r.metric_type for r in results)) or None,
         tags=["dqbart", *(["quantized"] if quantized else []), "distillation"],
         model_name=called if results else None,

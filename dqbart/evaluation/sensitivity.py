@@ -89,7 +89,7 @@ def sensitivity(
         for part in scores if score_outputs else ():
             texts, _ = write_outputs(switch.turn_on(part), tokenizer, examples.sources, recipe, progress=False)
             references: Any = examples.references or examples.targets
-            scores[part] = score(recipe.scored_by, texts, references, language=recipe.language).value
+            scores[part] = score(recipe.scored_by, texts, references, language=recipe.written_in).value
             bar.update()
     rows = []
     for part in switch.parts:

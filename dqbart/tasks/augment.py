@@ -49,6 +49,7 @@ def augment_file(
         raise FileExistsError(f"{out}: exists already; choose another --out")
     if not str(out).endswith(".jsonl"):
         raise ValueError(f"--out {str(out)!r}: expected a name that ends with .jsonl")
+    out.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours
     rows: Any = _lines(data) if str(data).endswith((".txt", ".txt.gz")) else load_rows(data)
     columns = guess_label_columns(rows, text_column, pair_column)
     inside = [name for name in (columns.text, columns.pair) if name and name not in rows[0]]
@@ -74,6 +75,6 @@ def augment_file(
             row = dict(kept[made.origin][0]) | {columns.text: made.text}
             if columns.pair:
                 row[columns.pair] = made.pair
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")  # parquet has dates
     aside.replace(out)
     return {"rows": len(kept), "written": len(found)}

@@ -29,7 +29,7 @@ class Labels(Task):
         if has_head(config):
             self._check(config)  # before any data is read with it
         if recipe.task == "classification" and has_head(config):
-            self.names = [config.id2label[i] for i in range(config.num_labels)]
+            self.names = class_names(config)
 
     def read(self, data: Any, dev_data: Any) -> tuple[Labelled | None, Labelled | None]:
         train, dev = super().read(data, dev_data)
@@ -62,6 +62,8 @@ class Labels(Task):
                 f"teacher {type(model).__name__}: has no head for {self.recipe.task}; train one first, with --method "
                 f"finetune --bits 32-32-32 --task {self.recipe.task}"
             )
+        if self.recipe.task == "classification" and not self.names:
+            raise ValueError("no classes are known: neither the checkpoint nor any training data has them; give --data")
         return with_head(model, self.recipe, self.names)
 
     def _check(self, config: Any) -> None:
@@ -79,7 +81,7 @@ class Labels(Task):
     def _with_our_names(self, model: Any) -> Any:
         """Classes named and ordered as the task has them, in place: a student may come with an order of its own."""
         config, names = model.config, self.names
-        own = [config.id2label[i] for i in range(config.num_labels)]
+        own = class_names(config)
         if self.recipe.task == "regression" or names is None or own == names:
             return model
         if len(own) != len(names) or not (sorted(own) == sorted(names) or _unnamed(own) or _unnamed(names)):
@@ -131,6 +133,11 @@ class Labels(Task):
 def has_head(config: Any) -> bool:
     """Whether the checkpoint came with a classification head."""
     return bool((config.architectures or ["ForSequenceClassification"])[0].endswith("ForSequenceClassification"))
+
+
+def class_names(config: Any) -> list[str]:
+    """In id order; config.json may have numbers for names."""
+    return [str(config.id2label[i]) for i in range(config.num_labels)]
 
 
 def _unnamed(names: list[str]) -> bool:

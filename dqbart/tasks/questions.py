@@ -51,7 +51,7 @@ class QuestionAnswering(Task):
         threshold = float("inf") if always else 0.0
         found = best_answers(examples, encoded, *logits, max_answer_length=SHORT_ANSWERS, null_threshold=threshold)
         texts = [answer.text for answer in found]
-        score = question_score(examples, texts, language=self.recipe.language)
+        score = question_score(examples, texts, language=self.recipe.written_in)
         main = self.recipe.scored_by
         values = {main: score.values[main]} | score.values
         return Outcome(dataclasses.replace(score, values=values), texts)

@@ -41,16 +41,22 @@ def evaluate(
     source_column: str | None = None,
     pair_column: str | None = None,
     target_column: str | None = None,
+    source_lang: str | None = None,
+    target_lang: str | None = None,
+    language: str | None = None,
     limit: int | None = None,
     batch_size: int = 32,
     generation: dict[str, Any] | None = None,
     device: str | None = None,
 ) -> tuple[Score, list[dict[str, str]]]:
-    """Score with interval, and every source, reference and output. Raises as the readers and metrics do."""
+    """Score with interval, and every source, reference and output. `generation` is laid over the folder's own settings;
+    `source_lang`, `target_lang`: mBART codes, `language`: of the references. Raises as the readers and metrics do.
+    """
     model, tokenizer, recipe = open_model(folder, device, task)
     changes: dict[str, Any] = {
         "source_column": source_column, "pair_column": pair_column, "target_column": target_column, "metric": metric,
-        "generation": generation, "eval_batch_size": batch_size,
+        "source_lang": source_lang, "target_lang": target_lang, "language": language, "eval_batch_size": batch_size,
+        "generation": recipe.generation | (generation or {}),
     }  # fmt: skip
     recipe = dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})
     work = open_task(recipe, tokenizer, model, folder)
@@ -64,8 +70,18 @@ def evaluate(
 
 
 def write_texts(
-    folder: str, texts: list[str], *, generation: dict[str, Any] | None = None, device: str | None = None
+    folder: str,
+    texts: list[str],
+    *,
+    generation: dict[str, Any] | None = None,
+    source_lang: str | None = None,
+    target_lang: str | None = None,
+    device: str | None = None,
 ) -> list[str]:
     """One output per text, with the folder's own settings under `generation`."""
     model, tokenizer, recipe = open_model(folder, device)
-    return open_task(recipe, tokenizer, model, folder).write(model, texts, generation)[0]
+    recipe = dataclasses.replace(
+        recipe, source_lang=source_lang or recipe.source_lang, target_lang=target_lang or recipe.target_lang
+    )
+    settings = recipe.generation | (generation or {})
+    return open_task(recipe, tokenizer, model, folder).write(model, texts, settings)[0]

@@ -54,7 +54,7 @@ class EncoderSequenceToSequence(Task):
         texts, settings = self.write(model, examples.sources, settings)
         references: Any = examples.references or examples.targets
         return Outcome(
-            score(self.recipe.scored_by, texts, references, language=self.recipe.language, generation=settings), texts
+            score(self.recipe.scored_by, texts, references, language=self.recipe.written_in, generation=settings), texts
         )
 
     def write(self, model: Any, sources: list[str], settings: Any = None) -> tuple[list[str], dict[str, Any]]:

@@ -7,14 +7,28 @@ from typing import Any
 
 import numpy as np
 
+from dqbart.data.columns import read_value
 from dqbart.data.files import load_rows
 from dqbart.data.labelled import LabelCollator, Labelled, encode_labelled, guess_label_columns, read_labelled
+from dqbart.data.labels import SCORE_NAMES
 from dqbart.data.splits import data_name
 from dqbart.engines.sentence import SentenceEncoder
 from dqbart.evaluation.label_metrics import score_labels
 from dqbart.packed.sentence import Pooling, read_pooling, sentence_folder, write_pooling
 from dqbart.recipe import Recipe
 from dqbart.tasks import PROBES, Outcome, Task
+
+
+def _similarities(rows: list[dict[str, Any]], column: str | None) -> bool:
+    """Whether an unasked-for column is one of similarities: by its name, or because it has fractions."""
+    if column is None:
+        return False
+    if column.rpartition(".")[2].lower() in SCORE_NAMES:
+        return True
+    try:
+        return not all(float(value).is_integer() for row in rows if (value := read_value(row, column)) is not None)
+    except (TypeError, ValueError, OverflowError):  # names of classes
+        return False
 
 
 class Sentences(Task):
@@ -38,7 +52,7 @@ class Sentences(Task):
         if not rows:
             raise ValueError(f"data {str(data)[:200]!r}: no rows; expected at least one")
         columns = guess_label_columns(rows, recipe.source_column, recipe.pair_column, recipe.target_column)
-        if columns.pair is None:
+        if columns.pair is None or (recipe.target_column is None and not _similarities(rows, columns.label)):
             columns = dataclasses.replace(columns, label=None)  # a class says nothing of similarity
         found = read_labelled(rows, columns, None, "regression")
         print(f"{data_name(data)} ({split}): {found}; {columns}", file=sys.stderr, flush=True)

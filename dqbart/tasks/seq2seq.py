@@ -50,7 +50,7 @@ class SequenceToSequence(Task):
     def score(self, model: Any, examples: Examples, *, settings: Any = None) -> Outcome:
         texts, settings = self.write(model, examples.sources, settings)
         references: Any = examples.references or examples.targets
-        found = score(self.recipe.scored_by, texts, references, language=self.recipe.language, generation=settings)
+        found = score(self.recipe.scored_by, texts, references, language=self.recipe.written_in, generation=settings)
         return Outcome(found, texts)
 
     def write(self, model: Any, sources: list[str], settings: Any = None) -> tuple[list[str], dict[str, Any]]:
