@@ -27,12 +27,12 @@ def demo(output: Path, *, bits: str = "2-2-8", layers: str = "3-2", **changes: A
     from dqbart.pipeline import compress
     from dqbart.tasks.run import evaluate
 
+    recipe = Recipe.from_dict(SETTINGS | {"bits": bits, "layers": layers} | changes)
     data = output / "data"
     if not all((data / f"{split}.jsonl").exists() for split in ("train", "validation", "test")):
         from dqbart.data.docstrings import write_docstrings
 
         write_docstrings(data)
-    recipe = Recipe.from_dict(SETTINGS | {"bits": bits, "layers": layers} | changes)
     result = compress(TEACHER, data, recipe=recipe, output=output / "model")
     scores, outputs = {}, {}
     for who, folder in (("teacher", TEACHER), ("student", result.folder)):

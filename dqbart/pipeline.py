@@ -81,7 +81,11 @@ def compress(
     anything is written; `GateError` if the packed folder doesn't behave as the student.
     """
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe of type {type(recipe).__name__}: expected a dqbart.Recipe or a preset's name")
     output = Path(os.path.abspath(Path(output).expanduser()))
+    if output.is_file():
+        raise FileExistsError(f"{output}: is a file; expected a folder to write")
     teacher, student = (_at_home(name) for name in (teacher, student))
     say(f"teacher {teacher if isinstance(teacher, str | Path) else type(teacher).__name__}")
     from dqbart.data.batches import model_inputs, tokenizer_for
@@ -108,14 +112,14 @@ def compress(
         identity["student"] = teacher_fingerprint(start)
     run = Run.open(output, identity, overwrite)
     if run.finished is not None:
-        say(f"{output}: already done with this recipe, teacher and data; overwrite it to do it again")
+        say(f"{output}: already done with this recipe, teacher and data; --overwrite (overwrite=True) does it again")
         return Result(output, run.finished)
     say(f"student {recipe.bits} bits, {recipe.layers} layers, {_origin(recipe, maps, student)}")
     if recipe.elastic:
         with run.timed("importance"):
             say(f"importance of heads and neurons, on {len(measured):,} examples")
             elastic.rewire_student(small, model, task, measured, run.work)
-    if train is not None and (recipe.epochs > 0 or recipe.max_steps > 0):
+    if train is not None and recipe.trains:
         with run.timed("training"):
             if not _distil(model, small, task, train, dev, stages, run, device):
                 return Result(output, {})  # another process of the same run does the rest

@@ -268,6 +268,11 @@ class Recipe:
         return self.losses.used()
 
     @property
+    def trains(self) -> bool:
+        """Whether anything is trained."""
+        return self.epochs > 0 or self.max_steps > 0
+
+    @property
     def elastic(self) -> bool:
         """Whether parts of the student, of `widths` and `depths`, are to be models, too."""
         return METHODS[self.method].elastic
@@ -334,6 +339,11 @@ class Recipe:
                         f"{f.name} {getattr(self, f.name)!r} with method {self.method!r}: only method 'dynabert' has "
                         "it; leave it out"
                     )
+        if task == "sentences" and self.trains and {"task", "logits"} & set(self.terms):
+            raise ValueError(
+                f"method {self.method!r} with task 'sentences': no words or classes are put out that could be "
+                "compared; give --method sentence"
+            )
         if "order" in self.terms and (task, self.segments) != ("text", 2):
             raise ValueError(f"losses.order with task {task!r}, segments {self.segments}: expected 'text' and 2")
         narrow = [n for n in ("family", *SHAPE) if getattr(self, n) is not None]

@@ -25,9 +25,9 @@ CLASSES = {
 
 
 def load_teacher(
-    teacher: Any, tokenizer: Any, device: str | None, task: str | None = None, seed: int = 28
+    teacher: Any, tokenizer: Any, device: str | None, task: str | None = None, seed: int = 28, role: str = "teacher"
 ) -> tuple[Any, Any, str]:
-    """`(model in eval mode, tokenizer, task)` from a path, a hub id or objects.
+    """`(model in eval mode, tokenizer, task)` from a path, a hub id or objects; `role`: what an error calls it.
 
     A head that the checkpoint lacks is made at random, from `seed`. Raises `ValueError` for an architecture that can't
     be compressed, a packed model, a device that isn't there or a model object without tokenizer, `FileNotFoundError`
@@ -36,11 +36,11 @@ def load_teacher(
     from transformers import AutoTokenizer
 
     if isinstance(teacher, str | Path):
-        model, task = _from_pretrained(teacher, task, seed)
+        model, task = _from_pretrained(teacher, task, seed, role)
         try:
             tokenizer = AutoTokenizer.from_pretrained(teacher) if tokenizer is None else tokenizer
         except OSError as error:
-            raise FileNotFoundError(f"teacher {str(teacher)!r}: {_first_line(error)}") from None
+            raise FileNotFoundError(f"{role} {str(teacher)!r}: {_first_line(error)}") from None
     else:
         model = teacher
         _check_config(getattr(model, "config", None), type(model).__name__)
@@ -70,7 +70,8 @@ def _from_pretrained(name: str | Path, task: str | None, seed: int, role: str = 
     import torch
     import transformers
 
-    if not Path(name).exists() and (str(name).count("/") > 1 or str(name).startswith((".", "/", "~"))):
+    local = str(name).count("/") > 1 or str(name).startswith((".", "/", "~")) or str(name).endswith("/")
+    if local and not Path(name).exists():
         raise FileNotFoundError(f"{role} {str(name)!r}: no such folder; expected a checkpoint folder or a hub id")
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(f"{role} {str(name)!r}: no config.json there; expected a transformers checkpoint")

@@ -8,7 +8,9 @@ from test_generate import mbart_tokenizer
 from tiny_models import tiny_seq2seq
 from transformers import MBart50Tokenizer, MBartForConditionalGeneration
 
+import dqbart
 from dqbart.cli import main, parser, recipe_and_run
+from dqbart.data.files import load_rows
 
 
 def last_json(text: str) -> dict:
@@ -133,6 +135,48 @@ def test_wrong_use_is_one_line_and_exit_code_2(
     error = captured.err.splitlines()[-1]
     assert error.startswith("dqbart: error: ") and words in error, error
     assert captured.out == "" and sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["eval", "small", "--data", "d.csv", "--device", "gpu"], "device 'gpu': expected 'cpu' or 'cuda', or"),
+        (["generate", "small", "--text", "x", "--device", "gpu"], "device 'gpu': expected 'cpu' or 'cuda', or"),
+        (["bench", "small", "--device", "gpu"], "device 'gpu': expected 'cpu'"),
+        (["bench", "small", "--threads", "0"], "threads 0: expected at least 1"),
+        (["eval", "nowhere/", "--data", "d.csv"], "model 'nowhere/': no such folder; expected a checkpoint folder or"),
+        (
+            ["compress", "small/", "--data", "none.txt", "--out", "x"],
+            "teacher 'small/' is quantized already; give the full",
+        ),
+        (["demo", "--bits", "foo"], "bits 'foo': expected W-E-A"),
+    ],
+)
+def test_what_other_verbs_refuse(
+    arguments: list[str], words: str, packed: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("d.csv").write_text("source,target\nthe cat,a dog\n")
+    Path("small").symlink_to(packed)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1].startswith("dqbart: error: ") and words in captured.err
+    assert captured.out == "" and not Path("demo-out").exists()
+
+
+def test_calls_that_are_refused(packed: Path, teacher_folder: Path, tmp_path: Path) -> None:
+    for threads in (0, -1, 1.5, "2", True):
+        with pytest.raises(ValueError, match=f"threads {threads!r}: expected a whole number of at least 1"):
+            dqbart.load(packed, threads=threads)
+    with pytest.raises(ValueError, match=r"device 'quantum': expected 'cpu' or 'cuda', or 'cuda:1'"):
+        dqbart.load(packed, device="quantum")
+    with pytest.raises(ValueError, match=r"recipe of type dict: expected a dqbart.Recipe or a preset's name"):
+        dqbart.compress(teacher_folder, recipe={"bits": "8-8-8"}, output=tmp_path / "out")  # type: ignore[arg-type]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="file: is a file; expected a folder to write"):
+        dqbart.compress(teacher_folder, output=tmp_path / "file")
+    with pytest.raises(FileNotFoundError, match="data 'nowhere.txt': no such file or folder"):
+        load_rows("nowhere.txt")
 
 
 def test_unsuitable_teachers(tmp_path: Path, packed: Path, capsys) -> None:

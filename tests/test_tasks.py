@@ -250,6 +250,26 @@ def test_what_a_model_lacks_is_said_at_once(
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
 
 
+def test_sentence_encoders_have_nothing_to_say(tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "encoder"
+    tiny_encoder("bert").bert.save_pretrained(folder)
+    bert_tokenizer().save_pretrained(folder)
+    texts = write(tmp_path / "texts.jsonl", [{"sentence": text} for text in sentences(30)])
+    assert main(["compress", str(folder), "--bits", "8-8-8", "--epochs", "0", "--out", str(tmp_path / "bare")]) == 0
+    write_pooling(folder, Pooling())
+    for method in ("dq", "finetune", "prediction", "distilbert", "ternarybert"):
+        said = refused(capsys, folder, "--data", texts, "--method", method, "--out", tmp_path / "out")
+        assert f"method '{method}' with task 'sentences'" in said and "give --method sentence" in said
+    assert not (tmp_path / "out.training").exists()
+    assert main(["compress", str(folder), "--bits", "8-8-8", "--epochs", "0", "--out", str(tmp_path / "out")]) == 0
+
+
+def test_s2s_says_who_took_the_positions(bert: Path, tmp_path: Path, capsys: Any) -> None:
+    data = write(tmp_path / "p.jsonl", [{"source": text, "target": "cat"} for text in sentences(30)])
+    said = refused(capsys, bert, "--data", data, "--task", "s2s", "--method", "finetune", "--out", tmp_path / "out")
+    assert "source and target share the model's" in said and "are left for sources; give less in --config" in said
+
+
 def test_class_names_that_are_numbers(classifier: Path, tmp_path: Path) -> None:
     shutil.copytree(classifier, tmp_path / "numbers")
     (tmp_path / "numbers" / "recipe.yaml").unlink()

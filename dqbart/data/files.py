@@ -234,7 +234,7 @@ def _parquet(path: Path) -> list[Row]:
 
 
 def _hub_name(data: str) -> tuple[str, str | None]:
-    if _suffix(Path(data)) or not _HUB_NAME.fullmatch(data):
+    if _suffix(Path(data)) or data.endswith((".txt", ".txt.gz")) or not _HUB_NAME.fullmatch(data):
         raise FileNotFoundError(f"data {data!r}: no such file or folder")
     name, _, configuration = data.partition(":")
     return name, configuration or None

@@ -24,7 +24,7 @@ def train_and_dev(
     `ValueError` where training is asked for without data.
     """
     if data is None:
-        if recipe.epochs > 0 or recipe.max_steps > 0:
+        if recipe.trains:
             raise ValueError(
                 f"data is missing: {recipe.epochs:g} epochs of training need --data FILE; --epochs 0 quantizes without"
             )

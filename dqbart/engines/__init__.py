@@ -53,7 +53,12 @@ def load_model(
     from dqbart.packed.checkpoint import load_packed
     from dqbart.packed.plain import is_plain, load_plain
 
-    where = torch.device(device if device is not None else "cuda" if engine == "triton" else "cpu")
+    try:
+        where = torch.device(device if device is not None else "cuda" if engine == "triton" else "cpu")
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device {device!r}: expected 'cpu' or 'cuda', or 'cuda:1' for the second GPU") from None
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise ValueError(f"threads {threads!r}: expected a whole number of at least 1")
     if is_plain(folder):
         if engine in ("cpu", "triton"):
             raise ValueError(

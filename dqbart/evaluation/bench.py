@@ -40,12 +40,16 @@ def bench(
     from dqbart.engines.native import Runner, unsuitable
     from dqbart.engines.triton import GpuRunner
     from dqbart.packed.verify import read_config, read_spec
+    from dqbart.teacher import choose_device
 
-    counts = {"source_length": source_length, "new_tokens": new_tokens, "batch_size": batch_size, "rounds": rounds}
+    counts = {
+        "source_length": source_length, "new_tokens": new_tokens, "batch_size": batch_size, "rounds": rounds,
+        "threads": 1 if threads is None else threads,
+    }  # fmt: skip
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} {value!r}: expected at least 1")
-    spec, device = read_spec(Path(folder), read_config(Path(folder))), torch.device(device)
+    spec, device = read_spec(Path(folder), read_config(Path(folder))), torch.device(choose_device(str(device)))
     before = torch.get_num_threads()
     threads = threads or before
     torch.set_num_threads(threads)
@@ -85,7 +89,7 @@ def _in_fp32(checkpoint: str, cls: Any, device: Any) -> Any:
     from dqbart.teacher import load_teacher
 
     if cls is None:
-        return load_teacher(checkpoint, None, str(device))[0].eval()
+        return load_teacher(checkpoint, None, str(device), role="model")[0].eval()
     return cls.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
 
 

@@ -225,8 +225,7 @@ def _speed(report: dict[str, Any]) -> str:
     """A table of report.json's `speed`: `rows` as in benchmarks/latency.py, `environment` of the machine."""
     speed = report.get("speed")
     if not speed:
-        why = " On CPU the torch engine computes 8-bit products, whatever the width of the weights."
-        return "Not measured." + (why if report["recipe"]["bits"].endswith("-8") else "")
+        return "Not measured: `dqbart bench` does, on your machine."
     rows = [
         [f"{row['system']} {row['bits'] or ''}".strip(), row["layers"], row["mode"],
          *(str(row[key]) for key in ("source", "batch", "threads")),

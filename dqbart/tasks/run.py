@@ -23,7 +23,7 @@ def open_model(folder: str, device: str | None, task: str | None = None) -> tupl
 
     recipe_file = Path(folder) / "recipe.yaml"
     if not recipe_file.is_file():
-        model, tokenizer, task = load_teacher(folder, None, device, task)
+        model, tokenizer, task = load_teacher(folder, None, device, task, role="model")
         return model, tokenizer, Recipe(task=task).resolve(model.config)
     recipe = Recipe.from_yaml(recipe_file)
     if task not in (None, recipe.task):

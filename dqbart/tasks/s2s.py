@@ -12,6 +12,8 @@ from dqbart.recipe import Recipe
 from dqbart.tasks import PROBES, Outcome, Task
 from dqbart.teacher import task_of_run
 
+SPECIAL = 2  # tokens around a source
+
 
 class EncoderSequenceToSequence(Task):
     """Source and target share the model's positions; the targets' tokens are predicted from [MASK]s of their own."""
@@ -83,4 +85,10 @@ class EncoderSequenceToSequence(Task):
         return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
     def _source_length(self) -> int:
-        return min(self.recipe.max_source_length, self.layout.positions - self.recipe.max_target_length)
+        left = self.layout.positions - self.recipe.max_target_length
+        if left < SPECIAL + 1:
+            raise ValueError(
+                f"max_target_length {self.recipe.max_target_length}: source and target share the model's "
+                f"{self.layout.positions} positions, and {left} are left for sources; give less in --config"
+            )
+        return min(self.recipe.max_source_length, left)

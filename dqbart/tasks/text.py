@@ -35,6 +35,8 @@ class PlainText(Task):
         return found
 
     def adapt(self, model: Any, *, new_head: bool) -> Any:
+        if not self.recipe.trains and not self.recipe.elastic:
+            return model  # whatever it lacks
         if self.recipe.terms.keys() & {"task", "logits"} and model.get_output_embeddings() is None:
             raise ValueError(
                 f"{type(model).__name__}: has no masked-language-model head, which losses.task and losses.logits need; "
