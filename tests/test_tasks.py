@@ -262,6 +262,18 @@ def test_sentence_encoders_have_nothing_to_say(tmp_path: Path, capsys: Any) -> N
         assert f"method '{method}' with task 'sentences'" in said and "give --method sentence" in said
     assert not (tmp_path / "out.training").exists()
     assert main(["compress", str(folder), "--bits", "8-8-8", "--epochs", "0", "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "out"), "--data", str(texts)]) == 2
+    assert (
+        "no pairs of sentences with similarities to score against; give --pair-column and --target-column"
+        in capsys.readouterr().err
+    )
+
+
+def test_unlabelled_texts_need_no_labels_where_nothing_is_trained(classifier: Path, tmp_path: Path) -> None:
+    texts = write(tmp_path / "texts.jsonl", [{"sentence": text} for text in sentences(30)])
+    result = dqbart.compress(classifier, texts, recipe=dqbart.Recipe(bits="8-8-8", epochs=0), output=tmp_path / "out")
+    assert "scores" not in result.report
 
 
 def test_s2s_says_who_took_the_positions(bert: Path, tmp_path: Path, capsys: Any) -> None:

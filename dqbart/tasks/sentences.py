@@ -64,6 +64,12 @@ class Sentences(Task):
     def is_scored(self, examples: Labelled) -> bool:
         return examples.labels is not None
 
+    def why_unscored(self, data: Any) -> str:
+        return (
+            f"data {data_name(data)!r}: no pairs of sentences with similarities to score against; give --pair-column "
+            "and --target-column"
+        )
+
     def score(self, model: Any, examples: Labelled, *, settings: Any = None) -> Outcome:
         assert examples.pairs is not None
         encoder = model if isinstance(model, SentenceEncoder) else SentenceEncoder(model, self.tokenizer, self.pooling)
