@@ -211,6 +211,7 @@ def _distil(
     from accelerate import PartialState
 
     from dqbart.distill import trainer
+    from dqbart.distill.dropout import dropping
     from dqbart.tasks.elastic import mean_score
 
     state = PartialState(cpu=device == "cpu")
@@ -231,14 +232,14 @@ def _distil(
         def dev_score(model: Any, stage: Recipe = stage) -> Any:
             return mean_score(task, model, subset, stage) if stage.elastic else task.score(model, subset).score
 
-        trainer.train(
-            trainer.DistillationTrainer(
-                model=student, teacher=guide, objective=objective,
-                args=trainer.training_arguments(stage, folder, len(rows), device), train_dataset=rows,
-                data_collator=collator,
-                dev_score=dev_score if chooses else None,
-            )
-        )  # fmt: skip
+        with dropping(student, stage.dropout):
+            trainer.train(
+                trainer.DistillationTrainer(
+                    model=student, teacher=guide, objective=objective,
+                    args=trainer.training_arguments(stage, folder, len(rows), device), train_dataset=rows,
+                    data_collator=collator, dev_score=dev_score if chooses else None,
+                )
+            )  # fmt: skip
     state.wait_for_everyone()
     return bool(state.is_main_process)
 

@@ -107,6 +107,7 @@ class Recipe:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0  # 0: no clipping
     label_smoothing: float = 0.0
+    dropout: float | None = None  # of the student while it learns; None: as its config says
     bf16: bool = False
     seed: int = 28
 
@@ -197,8 +198,8 @@ class Recipe:
             raise ValueError(f"temperature {self.temperature!r}: expected above 0")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate {self.learning_rate!r}: expected above 0")
-        for name in ("warmup_ratio", "label_smoothing", "mask_rate"):
-            if not 0 <= getattr(self, name) < 1:
+        for name in ("warmup_ratio", "label_smoothing", "mask_rate", "dropout"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)!r}: expected from 0 to below 1")
         if self.storage == "trits" and 2 not in (self.bits.weights, self.bits.embeddings):
             raise ValueError(

@@ -179,6 +179,8 @@ def test_a_missing_or_binary_file(tmp_path: Path) -> None:
         ({"learning_rate": True}, "learning_rate True: expected float or null, found bool"),
         ({"temperature": 0}, "temperature 0: expected above 0"),
         ({"warmup_ratio": 1}, "warmup_ratio 1: expected from 0 to below 1"),
+        ({"dropout": 1}, "dropout 1: expected from 0 to below 1"),
+        ({"dropout": "no"}, "dropout 'no': expected a number"),
         ({"label_smoothing": -0.1}, "label_smoothing -0.1: expected from 0 to below 1"),
         ({"batch_size": 0}, "batch_size 0: expected at least 1"),
         ({"batch_size": 1.5}, "batch_size 1.5: expected int, found float"),

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import in_two_processes
-from tiny_models import tiny_seq2seq, token_batch
+from tiny_models import tiny_encoder, tiny_seq2seq, token_batch
 from torch import Tensor
 from transformers import TrainerCallback
 
 from dqbart.data.batches import Collator
 from dqbart.distill import trainer as module
+from dqbart.distill.dropout import dropping
 from dqbart.distill.objective import Objective
 from dqbart.distill.trainer import DistillationTrainer, load_weights, train, training_arguments
 from dqbart.evaluation.metrics import Score
@@ -232,6 +233,28 @@ def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert training_arguments(Recipe(layers="1-1", evaluations=0), tmp_path, 320, "cpu").eval_steps == 30
     monkeypatch.setattr(module, "_world_size", lambda: 2)
     assert training_arguments(recipe, tmp_path, 26, "cpu").max_steps == 6
+
+
+@pytest.mark.parametrize("kind", ["bart", "mbart", "bert", "roberta", "distilbert", "albert"])
+def test_dropout_of_a_recipe_is_that_of_training_alone(kind: str) -> None:
+    model = tiny_seq2seq(kind) if "bart" in kind else tiny_encoder(kind)
+    batch = token_batch([6, 4])
+    more = {"decoder_input_ids": batch["input_ids"]} if "bart" in kind else {}
+
+    def differs() -> bool:
+        with torch.no_grad():
+            one, two = (model.train()(**batch, **more).logits for _ in range(2))
+        return not torch.equal(one, two)
+
+    for rate, expected in ((0.5, True), (0.0, False)):
+        with dropping(model, rate):
+            assert differs() == expected
+    with dropping(model, 0.5):
+        with dropping(model, None):
+            assert differs()
+        with pytest.raises(RuntimeError), dropping(model, 0.0):
+            raise RuntimeError
+        assert differs()  # as before, after an error too
 
 
 def test_bf16_without_a_gpu_and_no_device_named(tmp_path: Path) -> None:
