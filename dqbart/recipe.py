@@ -340,7 +340,7 @@ class Recipe:
                         f"{f.name} {getattr(self, f.name)!r} with method {self.method!r}: only method 'dynabert' has "
                         "it; leave it out"
                     )
-        if task == "sentences" and self.trains and {"task", "logits"} & set(self.terms):
+        if task == "sentences" and self.trains and not self.elastic and {"task", "logits"} & set(self.terms):
             raise ValueError(
                 f"method {self.method!r} with task 'sentences': no words or classes are put out that could be "
                 "compared; give --method sentence"
