@@ -31,6 +31,7 @@ from dqbart.data.files import load_rows
 from dqbart.data.splits import read_split
 from dqbart.evaluation import metrics
 from dqbart.evaluation.generate import write_outputs
+from dqbart.fitting import resolve
 from dqbart.recipe import Recipe
 from dqbart.teacher import choose_device, load_teacher
 
@@ -97,7 +98,7 @@ def _score(model: Any, tokenizer: Any, cell: Row, recipe: Recipe, folder: Path) 
         raise ValueError(f"data {cell['data']!r}: its test split has no targets; a score needs them")
     examples = sample(examples, cell["test_examples"] or None)
     targets = examples.targets or []
-    texts, settings = write_outputs(model, tokenizer, examples.sources, recipe.resolve(model.config))
+    texts, settings = write_outputs(model, tokenizer, examples.sources, resolve(recipe, model.config))
     references: Any = examples.references or targets
     found = metrics.score(recipe.scored_by, texts, references, language=recipe.written_in, generation=settings)
     with (folder / "outputs.jsonl").open("w", encoding="utf-8") as file:

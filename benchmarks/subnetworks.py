@@ -60,6 +60,7 @@ class Study:
         from dqbart.data.columns import sample
         from dqbart.distill import trainer
         from dqbart.distill.elastic import ElasticObjective, Stage
+        from dqbart.fitting import resolve
         from dqbart.quant.attention import use_attention
         from dqbart.student.width import subnetwork
         from dqbart.tasks import open_task
@@ -68,7 +69,7 @@ class Study:
         teacher, tokenizer, known = load_teacher(self.args.teacher, None, self.args.device)
         stages = self.recipe.stages()
         as_long = dict(max_steps=len(stages) * self.args.steps)
-        recipe = type(self.recipe).from_dict(self.recipe.to_dict() | as_long).resolve(teacher.config, known)
+        recipe = resolve(type(self.recipe).from_dict(self.recipe.to_dict() | as_long), teacher.config, known)
         task = open_task(recipe, tokenizer, teacher, self.args.teacher)
         train, dev = task.read(str(self.args.data), None)
         student = self.whole(trained=False).to(teacher.device)
@@ -90,6 +91,7 @@ class Study:
 
     def row(self, how: str, width: float, depth: float) -> dict[str, Any]:
         """Test score and parameters of one part."""
+        from dqbart.fitting import resolve
         from dqbart.student.width import subnetwork
         from dqbart.tasks import open_task
         from dqbart.teacher import load_teacher
@@ -97,7 +99,7 @@ class Study:
         teacher, tokenizer, known = load_teacher(self.args.teacher, None, self.args.device)
         network = self.alone(width, depth) if how == "alone" else self.whole(trained=how == "dynabert")
         part = subnetwork(network.to(teacher.device), width, depth).eval()
-        task = open_task(self.recipe.resolve(teacher.config, known), tokenizer, teacher, self.args.teacher)
+        task = open_task(resolve(self.recipe, teacher.config, known), tokenizer, teacher, self.args.teacher)
         score = task.score(part, task.read_split(str(self.args.data), "test")).score
         return {"parameters": part.num_parameters(), "metric": score.metric, "score": round(score.value, 3)}
 

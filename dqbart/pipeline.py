@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dqbart.data.columns import sample
+from dqbart.fitting import resolve
 from dqbart.recipe import Recipe
 from dqbart.run import Run, data_fingerprint, teacher_fingerprint
 from dqbart.student.maps import stack_words
@@ -97,7 +98,7 @@ def compress(
 
     model, tokenizer, known_task = load_teacher(teacher, tokenizer, device, recipe.task, seed=recipe.seed)
     start: Any = load_student(student, model, recipe, known_task) if student is not None else None
-    recipe = recipe.resolve(model.config, known_task, None if start is None else start.config)
+    recipe = resolve(recipe, model.config, known_task, None if start is None else start.config)
     task = open_task(recipe, tokenizer, model, teacher)
     train, dev = task.read(data, dev_data)
     model = task.adapt(model, new_head=recipe.method == "finetune")

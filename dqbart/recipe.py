@@ -3,7 +3,7 @@
 A `Recipe` is a frozen value. Everything downstream reads it and nothing writes it, so `recipe.yaml` beside a
 packed model says exactly how it was made. The notation is DQ-BART's (arXiv 2203.11239): bits are
 weights-embeddings-activations, layers are encoder-decoder. Values that depend on the teacher (layers left out,
-learning rate left out) are filled in by `Recipe.resolve` before anything runs.
+learning rate left out) are filled in by `dqbart.fitting.resolve` before anything runs.
 """
 
 import dataclasses
@@ -15,17 +15,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from dqbart.architectures import first_position
-from dqbart.methods import (
-    BOTH,
-    DEPTH_LOSSES,
-    METHODS,
-    OF_ENCODER_DECODERS,
-    OF_ENCODERS,
-    PAPER_LOSSES,
-    LossWeights,
-    number,
-)
+from dqbart.methods import DEPTH_LOSSES, METHODS, PAPER_LOSSES, LossWeights, number
 from dqbart.notation import Bits, Layers
 
 __all__ = ["LossWeights", "PAPER_LOSSES", "PRESETS", "Recipe", "read_yaml"]
@@ -46,9 +36,6 @@ METRICS = {
 SHAPE = ("hidden_size", "heads", "intermediate_size", "embedding_size")
 FAMILIES = ("albert", "distilbert")
 ELASTIC_FIELDS = ("widths", "depths", "label_epochs")
-
-# Low bits rebuild weights instead of rounding them, and want a larger step (TBT's scripts, ParetoQ).
-LEARNING_RATE = {1: 2.5e-4, 2: 3e-4, 3: 1.5e-4, 4: 1e-4, 8: 5e-5, 32: 5e-5}
 
 
 def _suggest(name: str, allowed: list[str]) -> str:
@@ -100,7 +87,7 @@ class Recipe:
     prediction_epochs: float = 3.0  # of a method's second part, where it has one
     label_epochs: float = 0.0  # of DynaBERT's third part, on labels alone
     max_steps: int = 0  # of each part; above 0 it wins over epochs
-    learning_rate: float | None = None  # None: by bits and width, see resolve()
+    learning_rate: float | None = None  # None: by bits and width, see fitting.py
     batch_size: int = 32
     gradient_accumulation: int = 1
     warmup_ratio: float = 0.05
@@ -282,96 +269,6 @@ class Recipe:
     def is_narrow(self) -> bool:
         """Whether the student's shape is asked to be another than the teacher's, in more than its depth."""
         return any(getattr(self, name) is not None for name in ("family", *SHAPE))
-
-    def resolve(self, config: Any, task: str | None = None, student: Any = None) -> "Recipe":
-        """Fill what depends on the teacher's transformers config: task, metric, layers, learning rate, lengths.
-
-        `task`: the teacher's, where the recipe doesn't say. `student`: the config of what the student starts as, if
-        that is no copy. Lengths are cut to the positions that the model has.
-        The rate is a base by weight bits, times sqrt(768 / width): narrow models take larger steps
-        (4+4 layers of width 256 did best near 5e-4 at two bits). Raises `ValueError` where method, task and losses
-        are for other models.
-        """
-        task = self.task or task or ("seq2seq" if config.is_encoder_decoder else "text")
-        self._check_family(config, task)
-        if self.elastic:
-            self._check_elastic(config, task, student)
-        both = [config] if student is None else [config, student]
-        positions = min(one.max_position_embeddings - first_position(one) for one in both)
-        changes: dict[str, Any] = {
-            "task": task,
-            "metric": self.metric or METRICS[task][0],
-            "max_source_length": min(self.max_source_length, positions),
-            "max_target_length": min(self.max_target_length, positions - 1),
-        }
-        own = Layers.of(config if student is None else student)
-        if student is not None and (self.is_narrow or self.layers not in (None, own)):
-            raise ValueError(f"layers {self.layers}: the student that is given has {own} and a shape; leave these out")
-        if self.layers is None:
-            changes["layers"] = own
-        if self.learning_rate is None:
-            low = min(self.bits.weights, self.bits.embeddings)
-            width = self.hidden_size or (config if student is None else student).hidden_size
-            base = METHODS[self.method].learning_rate if low == 32 else LEARNING_RATE[low]
-            changes["learning_rate"] = float(f"{base * (768 / width) ** 0.5:.2g}")
-        return dataclasses.replace(self, **changes)
-
-    def _check_family(self, config: Any, task: str) -> None:
-        family = "encoder-decoder" if config.is_encoder_decoder else "encoder"
-        if (task == "seq2seq") != config.is_encoder_decoder:
-            fit = [name for name in METRICS if (name == "seq2seq") == config.is_encoder_decoder]
-            raise ValueError(
-                f"task {task!r}: a {config.model_type} model is an {family}; expected one of {', '.join(fit)}"
-            )
-        if family not in METHODS[self.method].families:
-            fit = [name for name, method in METHODS.items() if family in method.families]
-            raise ValueError(
-                f"method {self.method!r} is for encoders, and a {config.model_type} model has a decoder; "
-                f"expected one of {', '.join(fit)}"
-            )
-        own = OF_ENCODER_DECODERS if config.is_encoder_decoder else OF_ENCODERS
-        for name in self.terms:
-            if name not in (*BOTH, *own):
-                raise ValueError(f"losses.{name}: a {config.model_type} model has {', '.join((*BOTH, *own))}")
-        if not self.elastic:
-            for f in dataclasses.fields(self):
-                if f.name in ELASTIC_FIELDS and getattr(self, f.name) != f.default:
-                    raise ValueError(
-                        f"{f.name} {getattr(self, f.name)!r} with method {self.method!r}: only method 'dynabert' has "
-                        "it; leave it out"
-                    )
-        if task == "sentences" and self.trains and not self.elastic and {"task", "logits"} & set(self.terms):
-            raise ValueError(
-                f"method {self.method!r} with task 'sentences': no words or classes are put out that could be "
-                "compared; give --method sentence"
-            )
-        if "order" in self.terms and (task, self.segments) != ("text", 2):
-            raise ValueError(f"losses.order with task {task!r}, segments {self.segments}: expected 'text' and 2")
-        narrow = [n for n in ("family", *SHAPE) if getattr(self, n) is not None]
-        if narrow and config.is_encoder_decoder:
-            raise ValueError(
-                f"{narrow[0]} {getattr(self, narrow[0])!r}: only encoders' students have a shape of their own"
-            )
-
-    def _check_elastic(self, config: Any, task: str, student: Any) -> None:
-        if task in ("sentences", "s2s"):
-            fit = [name for name in METRICS if name not in ("seq2seq", "sentences", "s2s")]
-            raise ValueError(
-                f"task {task!r} with method {self.method!r}: it compares what heads say; expected one of "
-                f"{', '.join(fit)}"
-            )
-        given = {name: getattr(self, name) for name in ("family", *SHAPE)}
-        given |= {
-            "student": None if student is None else student.model_type,
-            "layers": None if self.layers == Layers.of(config) else self.layers,
-            "layer_map": list(self.layer_map) if isinstance(self.layer_map, tuple) else None,
-        }
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(
-                    f"{name} {value}: method {self.method!r} trains all of its teacher, and parts are cut from that; "
-                    f"leave {name} out"
-                )
 
     def stages(self) -> list["Recipe"]:
         """What is trained one after the other: the recipe, and the second part of its method on a task. DynaBERT:

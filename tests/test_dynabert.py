@@ -30,6 +30,7 @@ from dqbart.distill.elastic import ElasticObjective
 from dqbart.distill.encoder_objective import EncoderObjective
 from dqbart.distill.trainer import DistillationTrainer, train, training_arguments
 from dqbart.extraction import extract
+from dqbart.fitting import resolve
 from dqbart.packed.plain import is_plain, load_plain
 from dqbart.pipeline import quantize
 from dqbart.quant.attention import use_attention
@@ -112,7 +113,7 @@ def test_the_best_student_is_chosen_by_the_mean_of_all(classifier: Path, labelle
     model = AutoModelForSequenceClassification.from_pretrained(classifier)
     use_attention(model)
     recipe = dqbart.Recipe(bits="32-32-32", method="dynabert", widths=(0.25, 1), depths=(0.5, 1))
-    recipe = recipe.resolve(model.config, "classification")
+    recipe = resolve(recipe, model.config, "classification")
     task = open_task(recipe, AutoTokenizer.from_pretrained(classifier), model)
     dev = task.read_split(labelled, "train").select(range(60))
     found = mean_score(task, model, dev, recipe)
@@ -137,7 +138,7 @@ def test_rewiring_leaves_the_teachers_outputs(rewired: Path, classifier: Path) -
 
 def test_importance_is_measured_on_labels_of_the_dev_set(classifier: Path, labelled: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(classifier)
-    recipe = dqbart.Recipe(method="dynabert").resolve(model.config, "classification")
+    recipe = resolve(dqbart.Recipe(method="dynabert"), model.config, "classification")
     task = open_task(recipe, AutoTokenizer.from_pretrained(classifier), model)
     train = task.read_split(labelled, "train")
     dev = train.select(range(7))
@@ -152,7 +153,7 @@ def test_importance_is_measured_on_labels_of_the_dev_set(classifier: Path, label
 
 def test_importance_is_bounded_where_a_text_is_one_document(bert: Path, tmp_path: Path, monkeypatch: Any) -> None:
     model = AutoModelForMaskedLM.from_pretrained(bert)
-    recipe = dqbart.Recipe(method="dynabert", max_source_length=10).resolve(model.config, "text")
+    recipe = resolve(dqbart.Recipe(method="dynabert", max_source_length=10), model.config, "text")
     task = open_task(recipe, AutoTokenizer.from_pretrained(bert), model)
     (tmp_path / "book.txt").write_text("\n".join(sentences(50)))
     texts = task.read_split(tmp_path / "book.txt", "train")
@@ -458,7 +459,7 @@ def test_a_folder_without_its_float_network(trained: Path, tmp_path: Path) -> No
 
 def test_an_objective_of_a_recipe(classifier: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(classifier)
-    recipe = dqbart.Recipe(bits="32-32-32", method="dynabert", label_epochs=1).resolve(model.config, "classification")
+    recipe = resolve(dqbart.Recipe(bits="32-32-32", method="dynabert", label_epochs=1), model.config, "classification")
     assert recipe.learning_rate == pytest.approx(2e-5 * (768 / 32) ** 0.5, rel=0.05)
     found = [ElasticObjective.of(stage, model, model).stage for stage in recipe.stages()]
     assert [stage.weights for stage in found] == [{"logits": 1, "hidden": 0.1}, {"logits": 1, "hidden": 1}, {"task": 1}]

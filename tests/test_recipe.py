@@ -8,8 +8,6 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import tiny_encoder, tiny_seq2seq
-from transformers import BartConfig
 
 from dqbart.methods import BOTH, METHODS, OF_ENCODER_DECODERS
 from dqbart.notation import Bits, Layers
@@ -233,26 +231,6 @@ def test_a_method_fills_in_what_the_user_leaves_out(name: str, tmp_path: Path) -
     assert (changed.temperature, changed.layer_map) == (3, "top")
 
 
-def test_methods_know_their_models() -> None:
-    encoder, decoder = tiny_encoder("bert").config, tiny_seq2seq().config
-    with pytest.raises(ValueError, match="method 'minilm' is for encoders, and a bart model has a decoder; expected"):
-        Recipe(method="minilm").resolve(decoder)
-    with pytest.raises(ValueError, match=r"losses.decoder_hidden: a bert model has task, logits, embedding, hidden"):
-        Recipe(losses={"decoder_hidden": 1}).resolve(encoder)
-    with pytest.raises(ValueError, match=r"losses.scores: a bart model has task, logits, encoder_attention"):
-        Recipe(losses={"scores": 1}).resolve(decoder)
-    with pytest.raises(ValueError, match=r"task 'seq2seq': a bert model is an encoder; expected one of classification"):
-        Recipe(task="seq2seq").resolve(encoder)
-    with pytest.raises(ValueError, match=r"task 'questions': a bart model is an encoder-decoder; expected one of seq2"):
-        Recipe(task="questions").resolve(decoder)
-    with pytest.raises(ValueError, match="hidden_size 16: only encoders' students have a shape of their own"):
-        Recipe(hidden_size=16).resolve(decoder)
-    found = Recipe(method="minilm", bits="32-32-32").resolve(encoder, "text")
-    assert (found.task, found.metric, found.layers, found.learning_rate) == ("text", "accuracy", Layers("3"), 2.4e-3)
-    roberta = tiny_encoder("roberta").config  # positions begin after the padding token's
-    assert Recipe().resolve(roberta).max_source_length == 62
-
-
 def test_tinybert_has_two_stages_on_a_task() -> None:
     recipe = Recipe(method="tinybert", task="classification", epochs=10, prediction_epochs=2, max_steps=9)
     first, second = recipe.stages()
@@ -281,19 +259,3 @@ def test_combinations_that_are_right() -> None:
     assert Recipe(losses={"task": 1}).losses == LossWeights(task=1)
     with pytest.raises(TypeError):
         Recipe("2-2-8")  # type: ignore[misc]
-
-
-def test_resolve_reads_the_teachers_config() -> None:
-    base = BartConfig(d_model=768, encoder_layers=6, decoder_layers=5)
-    recipe = Recipe().resolve(base)
-    assert (recipe.layers, recipe.learning_rate, recipe.task) == (Layers("6-5"), 3e-4, "seq2seq")
-    assert recipe.resolve(base) == recipe  # nothing is left to fill in
-    given = dict(layers="3-1", learning_rate=1e-3, task="seq2seq", metric="bleu")
-    assert Recipe(**given).resolve(base) == Recipe(**given)
-    narrow = tiny_seq2seq("mbart", 3, 2).config  # width 32: sqrt(24) times as much
-    assert Recipe(bits="8-8-8").resolve(narrow).learning_rate == 2.4e-4
-    assert Recipe(bits="8-1-8").resolve(base).learning_rate == 2.5e-4  # the lowest bits decide
-    assert Recipe(bits="32-32-32").resolve(narrow).layers == Layers("3-2")
-    for kind in ("bert", "distilbert", "albert"):
-        assert Recipe().resolve(tiny_encoder(kind).config).layers == Layers("3")
-    assert Recipe.from_dict(recipe.to_dict()) == recipe

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from dqbart.data.batches import Collator
 from dqbart.distill import losses
 from dqbart.distill.trainer import DistillationTrainer, train, training_arguments
+from dqbart.fitting import resolve
 from dqbart.methods import only
 from dqbart.recipe import Recipe
 
@@ -39,7 +40,7 @@ class Watch(TrainerCallback):
 def test_the_teacher_does_not_drop_anything_while_the_student_trains(tmp_path: Path) -> None:
     """TinyBERT, both stages: its teacher is in train mode, so targets are noise."""
     recipe = Recipe(task="text", method="tinybert", layer_map="top", max_steps=3, batch_size=4, evaluations=0)
-    recipe = recipe.resolve(tiny_encoder("bert").config, "text")
+    recipe = resolve(recipe, tiny_encoder("bert").config, "text")
     teacher = tiny_encoder("bert")
     for module in teacher.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -62,7 +63,7 @@ def test_the_teacher_does_not_drop_anything_while_the_student_trains(tmp_path: P
 def test_every_stage_has_its_own_epochs_and_lengths_are_the_users(tmp_path: Path) -> None:
     """TinyBERT: a misspelt argument leaves per-task epochs dead and overrides --max_seq_length."""
     recipe = Recipe(method="tinybert", task="classification", epochs=4, prediction_epochs=1.5, max_source_length=40)
-    recipe = recipe.resolve(tiny_encoder("bert").config, "classification")
+    recipe = resolve(recipe, tiny_encoder("bert").config, "classification")
     steps = [training_arguments(stage, tmp_path, 64, "cpu").max_steps for stage in recipe.stages()]
     assert steps == [8, 3] and recipe.max_source_length == 40
     assert all(stage.max_source_length == 40 for stage in recipe.stages())
@@ -140,7 +141,7 @@ def test_no_relation_of_padding() -> None:
 def test_logs_name_every_term(tmp_path: Path) -> None:
     """TinyBERT logs sums over two kinds of loss; here each term has its own name and weight."""
     recipe = Recipe(task="text", method="tinybert", layer_map="top", max_steps=2, batch_size=4, evaluations=0)
-    recipe = recipe.resolve(tiny_encoder("bert").config, "text")
+    recipe = resolve(recipe, tiny_encoder("bert").config, "text")
     student, teacher, objective = pair(recipe)
     train(
         DistillationTrainer(

@@ -19,6 +19,7 @@ from dqbart.data.batches import Collator, encode_pairs, progress_bar
 from dqbart.data.columns import Examples, sample
 from dqbart.evaluation.generate import write_outputs
 from dqbart.evaluation.metrics import score
+from dqbart.fitting import resolve
 from dqbart.quant.attention import use_attention
 from dqbart.quant.layers import prepare
 from dqbart.recipe import Recipe
@@ -80,7 +81,7 @@ def sensitivity(
         raise ValueError(f"per {per!r}: expected 'layer' or 'module'")
     if examples.targets is None:
         raise ValueError("examples have no targets, and a loss needs them: give data with a target column")
-    recipe = recipe.resolve(teacher.config)
+    recipe = resolve(recipe, teacher.config)
     examples = sample(examples, limit)
     switch = Switch(teacher, recipe, per)
     forced = _forced(switch, tokenizer, examples, recipe)

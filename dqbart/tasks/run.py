@@ -10,6 +10,7 @@ from typing import Any
 
 from dqbart.data.columns import sample
 from dqbart.evaluation.metrics import Score
+from dqbart.fitting import resolve
 from dqbart.recipe import Recipe
 from dqbart.tasks import open_task
 from dqbart.teacher import load_teacher
@@ -24,7 +25,7 @@ def open_model(folder: str, device: str | None, task: str | None = None) -> tupl
     recipe_file = Path(folder) / "recipe.yaml"
     if not recipe_file.is_file():
         model, tokenizer, task = load_teacher(folder, None, device, task, role="model")
-        return model, tokenizer, Recipe(task=task).resolve(model.config)
+        return model, tokenizer, resolve(Recipe(task=task), model.config)
     recipe = Recipe.from_yaml(recipe_file)
     if task not in (None, recipe.task):
         raise ValueError(f"task {task!r}: {folder} was made for task {recipe.task!r}; leave --task out")

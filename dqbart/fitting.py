@@ -1,0 +1,102 @@
+"""What a recipe leaves to the teacher, filled in; and whether method, task and losses are for such a model at all."""
+
+import dataclasses
+from typing import Any
+
+from dqbart.architectures import first_position
+from dqbart.methods import BOTH, METHODS, OF_ENCODER_DECODERS, OF_ENCODERS
+from dqbart.notation import Layers
+from dqbart.recipe import ELASTIC_FIELDS, METRICS, SHAPE, Recipe
+
+# Low bits rebuild weights instead of rounding them, and want a larger step (TBT's scripts, ParetoQ).
+LEARNING_RATE = {1: 2.5e-4, 2: 3e-4, 3: 1.5e-4, 4: 1e-4, 8: 5e-5, 32: 5e-5}
+
+
+def resolve(recipe: Recipe, config: Any, task: str | None = None, student: Any = None) -> Recipe:
+    """The recipe, with what depends on the teacher's transformers config: task, metric, layers, learning rate, lengths.
+
+    `task`: the teacher's, where the recipe doesn't say. `student`: the config of what the student starts as, if
+    that is no copy. Lengths are cut to the positions that the model has.
+    The rate is a base by weight bits, times sqrt(768 / width): narrow models take larger steps
+    (4+4 layers of width 256 did best near 5e-4 at two bits). Raises `ValueError` where method, task and losses
+    are for other models.
+    """
+    task = recipe.task or task or ("seq2seq" if config.is_encoder_decoder else "text")
+    _check_family(recipe, config, task)
+    if recipe.elastic:
+        _check_elastic(recipe, config, task, student)
+    both = [config] if student is None else [config, student]
+    positions = min(one.max_position_embeddings - first_position(one) for one in both)
+    changes: dict[str, Any] = {
+        "task": task,
+        "metric": recipe.metric or METRICS[task][0],
+        "max_source_length": min(recipe.max_source_length, positions),
+        "max_target_length": min(recipe.max_target_length, positions - 1),
+    }
+    own = Layers.of(config if student is None else student)
+    if student is not None and (recipe.is_narrow or recipe.layers not in (None, own)):
+        raise ValueError(f"layers {recipe.layers}: the student that is given has {own} and a shape; leave these out")
+    if recipe.layers is None:
+        changes["layers"] = own
+    if recipe.learning_rate is None:
+        low = min(recipe.bits.weights, recipe.bits.embeddings)
+        width = recipe.hidden_size or (config if student is None else student).hidden_size
+        base = METHODS[recipe.method].learning_rate if low == 32 else LEARNING_RATE[low]
+        changes["learning_rate"] = float(f"{base * (768 / width) ** 0.5:.2g}")
+    return dataclasses.replace(recipe, **changes)
+
+
+def _check_family(recipe: Recipe, config: Any, task: str) -> None:
+    family = "encoder-decoder" if config.is_encoder_decoder else "encoder"
+    if (task == "seq2seq") != config.is_encoder_decoder:
+        fit = [name for name in METRICS if (name == "seq2seq") == config.is_encoder_decoder]
+        raise ValueError(f"task {task!r}: a {config.model_type} model is an {family}; expected one of {', '.join(fit)}")
+    if family not in METHODS[recipe.method].families:
+        fit = [name for name, method in METHODS.items() if family in method.families]
+        raise ValueError(
+            f"method {recipe.method!r} is for encoders, and a {config.model_type} model has a decoder; "
+            f"expected one of {', '.join(fit)}"
+        )
+    own = OF_ENCODER_DECODERS if config.is_encoder_decoder else OF_ENCODERS
+    for name in recipe.terms:
+        if name not in (*BOTH, *own):
+            raise ValueError(f"losses.{name}: a {config.model_type} model has {', '.join((*BOTH, *own))}")
+    if not recipe.elastic:
+        for f in dataclasses.fields(recipe):
+            if f.name in ELASTIC_FIELDS and getattr(recipe, f.name) != f.default:
+                raise ValueError(
+                    f"{f.name} {getattr(recipe, f.name)!r} with method {recipe.method!r}: only method 'dynabert' has "
+                    "it; leave it out"
+                )
+    if task == "sentences" and recipe.trains and not recipe.elastic and {"task", "logits"} & set(recipe.terms):
+        raise ValueError(
+            f"method {recipe.method!r} with task 'sentences': no words or classes are put out that could be "
+            "compared; give --method sentence"
+        )
+    if "order" in recipe.terms and (task, recipe.segments) != ("text", 2):
+        raise ValueError(f"losses.order with task {task!r}, segments {recipe.segments}: expected 'text' and 2")
+    narrow = [n for n in ("family", *SHAPE) if getattr(recipe, n) is not None]
+    if narrow and config.is_encoder_decoder:
+        raise ValueError(
+            f"{narrow[0]} {getattr(recipe, narrow[0])!r}: only encoders' students have a shape of their own"
+        )
+
+
+def _check_elastic(recipe: Recipe, config: Any, task: str, student: Any) -> None:
+    if task in ("sentences", "s2s"):
+        fit = [name for name in METRICS if name not in ("seq2seq", "sentences", "s2s")]
+        raise ValueError(
+            f"task {task!r} with method {recipe.method!r}: it compares what heads say; expected one of {', '.join(fit)}"
+        )
+    given = {name: getattr(recipe, name) for name in ("family", *SHAPE)}
+    given |= {
+        "student": None if student is None else student.model_type,
+        "layers": None if recipe.layers == Layers.of(config) else recipe.layers,
+        "layer_map": list(recipe.layer_map) if isinstance(recipe.layer_map, tuple) else None,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} {value}: method {recipe.method!r} trains all of its teacher, and parts are cut from that; "
+                f"leave {name} out"
+            )

@@ -1,0 +1,45 @@
+"""A recipe and the model it is for: what is filled in, what is refused."""
+
+import pytest
+from tiny_models import tiny_encoder, tiny_seq2seq
+from transformers import BartConfig
+
+from dqbart.fitting import resolve
+from dqbart.notation import Layers
+from dqbart.recipe import Recipe
+
+
+def test_resolve_reads_the_teachers_config() -> None:
+    base = BartConfig(d_model=768, encoder_layers=6, decoder_layers=5)
+    recipe = resolve(Recipe(), base)
+    assert (recipe.layers, recipe.learning_rate, recipe.task) == (Layers("6-5"), 3e-4, "seq2seq")
+    assert resolve(recipe, base) == recipe  # nothing is left to fill in
+    given = dict(layers="3-1", learning_rate=1e-3, task="seq2seq", metric="bleu")
+    assert resolve(Recipe(**given), base) == Recipe(**given)
+    narrow = tiny_seq2seq("mbart", 3, 2).config  # width 32: sqrt(24) times as much
+    assert resolve(Recipe(bits="8-8-8"), narrow).learning_rate == 2.4e-4
+    assert resolve(Recipe(bits="8-1-8"), base).learning_rate == 2.5e-4  # the lowest bits decide
+    assert resolve(Recipe(bits="32-32-32"), narrow).layers == Layers("3-2")
+    for kind in ("bert", "distilbert", "albert"):
+        assert resolve(Recipe(), tiny_encoder(kind).config).layers == Layers("3")
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_methods_know_their_models() -> None:
+    encoder, decoder = tiny_encoder("bert").config, tiny_seq2seq().config
+    with pytest.raises(ValueError, match="method 'minilm' is for encoders, and a bart model has a decoder; expected"):
+        resolve(Recipe(method="minilm"), decoder)
+    with pytest.raises(ValueError, match=r"losses.decoder_hidden: a bert model has task, logits, embedding, hidden"):
+        resolve(Recipe(losses={"decoder_hidden": 1}), encoder)
+    with pytest.raises(ValueError, match=r"losses.scores: a bart model has task, logits, encoder_attention"):
+        resolve(Recipe(losses={"scores": 1}), decoder)
+    with pytest.raises(ValueError, match=r"task 'seq2seq': a bert model is an encoder; expected one of classification"):
+        resolve(Recipe(task="seq2seq"), encoder)
+    with pytest.raises(ValueError, match=r"task 'questions': a bart model is an encoder-decoder; expected one of seq2"):
+        resolve(Recipe(task="questions"), decoder)
+    with pytest.raises(ValueError, match="hidden_size 16: only encoders' students have a shape of their own"):
+        resolve(Recipe(hidden_size=16), decoder)
+    found = resolve(Recipe(method="minilm", bits="32-32-32"), encoder, "text")
+    assert (found.task, found.metric, found.layers, found.learning_rate) == ("text", "accuracy", Layers("3"), 2.4e-3)
+    roberta = tiny_encoder("roberta").config  # positions begin after the padding token's
+    assert resolve(Recipe(), roberta).max_source_length == 62
