@@ -105,6 +105,7 @@ METHODS: dict[str, Method] = {
     "dq": Method(
         says="DQ-BART (arXiv 2203.11239): labels and the teacher's outputs; attention and hidden states if asked for",
         losses=LossWeights(),
+        settings=dict(dropout=0.0),
         families=("encoder-decoder", "encoder"),
     ),
     "finetune": Method(

@@ -122,10 +122,14 @@ def _difference(before: Any, now: dict[str, Any]) -> str:
         return ""
     if before.get("subnetwork"):
         return "a sub-network that was extracted from another folder"
-    keys = [k for k in now["recipe"] if before.get("recipe", {}).get(k) != now["recipe"][k]]
-    if keys:
-        key = keys[0]
-        return f"made with another recipe ({key} {before.get('recipe', {}).get(key)!r}, now {now['recipe'][key]!r})"
+    old, new = before.get("recipe", {}), now["recipe"]
+    unknown = sorted(old.keys() ^ new.keys())
+    if unknown:
+        has = "a" if unknown[0] in old else "no"
+        return f"made by another version of dqbart, whose recipes have {has} {unknown[0]!r}"
+    for key in new:
+        if old[key] != new[key]:
+            return f"made with another recipe ({key} {old[key]!r}, now {new[key]!r})"
     names = {"teacher": "teacher", "student": "student to begin with", "data": "data set"}
     return f"made with another {next(names[key] for key in names if before.get(key) != now.get(key))}"
 

@@ -53,6 +53,11 @@ def test_another_recipe_is_refused_then_overwritten(teacher_folder: Path, tmp_pa
     other = dqbart.Recipe(bits="2-2-8", epochs=0)
     with pytest.raises(FileExistsError, match=r"another recipe \(bits '8-8-8', now '2-2-8'\).*--overwrite"):
         dqbart.compress(str(teacher_folder), recipe=other, output=tmp_path / "out")
+    run = json.loads((tmp_path / "out" / "report.json").read_text())
+    del run["run"]["recipe"]["dropout"]  # a field that came later, whose default may not be what was done before
+    (tmp_path / "out" / "report.json").write_text(json.dumps(run))
+    with pytest.raises(FileExistsError, match="made by another version of dqbart, whose recipes have no 'dropout'"):
+        dqbart.compress(str(teacher_folder), recipe=recipe, output=tmp_path / "out")
     result = dqbart.compress(str(teacher_folder), recipe=other, output=tmp_path / "out", overwrite=True)
     assert result.report["recipe"]["bits"] == "2-2-8"
 
@@ -70,7 +75,7 @@ def test_interrupted_command_resumes_to_the_same_weights(
 ) -> None:
     """SIGINT in the middle, the same command again: bit for bit what an uninterrupted run gives."""
     config = tmp_path / "run.yaml"
-    config.write_text("layers: 2-1\nmax_steps: 40\nbatch_size: 8\nevaluations: 2\ndev_subset: 4\n")
+    config.write_text("layers: 2-1\nmax_steps: 40\nbatch_size: 8\nevaluations: 2\ndev_subset: 4\ndropout: 0.1\n")
     command = [sys.executable, "-m", "dqbart", "compress", str(teacher_folder), "--data", str(pairs_file)]
     command += ["--config", str(config), "--seed", "3", "--device", "cpu", "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
