@@ -48,7 +48,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 # --- files
 
 
-@pytest.mark.parametrize("name", [f"rows{suffix}" for suffix in files.SUFFIXES] + ["ROWS.CSV"])
+@pytest.mark.parametrize("name", [f"rows{s}" for s in files.SUFFIXES if "txt" not in s] + ["ROWS.CSV"])
 def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     if name == "ROWS.CSV":
         (tmp_path / name).write_bytes(write(tmp_path / "rows.csv", ROWS).read_bytes())

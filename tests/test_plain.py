@@ -23,6 +23,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from dqbart.data.blocks import MIN_TOKENS, EncodedBlocks, encode_blocks, encode_pairs_of_segments
+from dqbart.data.files import load_rows
 from dqbart.data.plain import read_texts
 from dqbart.data.tokens import DocumentTokens
 
@@ -87,7 +88,12 @@ def test_blank_lines_part_documents(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     texts = read_texts(tmp_path / name)
     assert texts.documents == [["one\u2028still one", "two"], ["中文"]]
-    assert str(texts) == "2 documents, 3 texts"
+    assert str(texts).startswith("2 documents, 3 texts; text column 'text', documents by 'doc' (guessed")
+    assert [row["text"] for row in load_rows(tmp_path / name)] == [
+        "one\u2028still one",
+        "two",
+        "中文",
+    ]  # for other tasks
     assert read_texts(str(tmp_path / name), "validation") == texts  # one file has no splits
 
 
@@ -134,8 +140,8 @@ def test_columns_can_be_given() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.txt", b"", "a.txt: there is no text in it"),
-        ("a.txt", b" \n\n", "a.txt: there is no text in it"),
+        ("a.txt", b"", "a.txt: the file is empty"),
+        ("a.txt", b" \n\n", "a.txt: there are no rows in it"),
         ("a.txt", b"one\n\xff\n", "a.txt line 2: not UTF-8"),
         ("a.txt.gz", b"one\n", "a.txt.gz: not a whole gzip file"),
         ("a.txt.gz", gzip.compress(b"one\n" * 50, mtime=0)[:-9], "a.txt.gz: not a whole gzip file"),
@@ -161,8 +167,8 @@ def test_bad_names(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_texts(tmp_path / "a.txt")
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match="column 'text': .*a.txt is a text file, which has no columns; leave it out"):
-        read_texts(tmp_path / "a.txt", column="text")
+    with pytest.raises(ValueError, match="column 'body' .* which has 'text', 'doc'"):
+        read_texts(tmp_path / "a.txt", column="body")
     rows = [{"text": "x", "doc": "d"}]
     with pytest.raises(ValueError, match="column 'texts' .* which has 'text', 'doc'; did you mean 'text'?"):
         read_texts(rows, column="texts")

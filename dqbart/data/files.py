@@ -12,6 +12,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ SUFFIXES = (
     ".json",
     ".json.gz",
     ".parquet",
+    ".txt",
+    ".txt.gz",
 )
 SPLIT_NAMES = {
     "train": ("train",),
@@ -42,7 +45,8 @@ def load_rows(data: Any, *, split: str = "train") -> list[Row]:
     """All rows of `data` as dicts, in order.
 
     `data` is a path to a csv, tsv, json-lines (or one json array) or parquet file, text ones also
-    gzipped; a folder of files named after their split (`train.jsonl`, `validation.csv`,
+    gzipped; a text file, whose lines become rows with `text` and `doc`, the number of the paragraph that
+    blank lines set apart; a folder of files named after their split (`train.jsonl`, `validation.csv`,
     `test.en-de.tsv`, numbered shards); a hub name, `owner/name` or `owner/name:configuration`; a
     `datasets.Dataset`; an iterable of dicts; or a dict from split names to one of the last two.
     `split` picks from what has splits, and means nothing for one file or one list.
@@ -141,6 +145,8 @@ def _read(path: Path) -> list[Row]:
     try:
         if suffix.startswith(".json"):
             rows = list(_json_rows(path, lines))
+        elif suffix.startswith(".txt"):
+            rows = list(_text_rows(lines))
         else:
             rows = list(_table_rows(path, lines, "\t" if suffix.startswith(".tsv") else ","))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -179,6 +185,13 @@ def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[Row]:
                     f'{path} line {number}: expected an object such as {{"source": "..."}}, found {type(row).__name__}'
                 )
             yield row
+
+
+def _text_rows(lines: Iterator[str]) -> Iterator[Row]:
+    """A text a line; blank lines part documents, as BERT's authors have it."""
+    for number, (blank, group) in enumerate(groupby(map(str.strip, lines), lambda line: not line)):
+        if not blank:
+            yield from ({"text": text, "doc": number} for text in group)
 
 
 def _table_rows(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[Row]:
@@ -234,7 +247,7 @@ def _parquet(path: Path) -> list[Row]:
 
 
 def _hub_name(data: str) -> tuple[str, str | None]:
-    if _suffix(Path(data)) or data.endswith((".txt", ".txt.gz")) or not _HUB_NAME.fullmatch(data):
+    if _suffix(Path(data)) or not _HUB_NAME.fullmatch(data):
         raise FileNotFoundError(f"data {data!r}: no such file or folder")
     name, _, configuration = data.partition(":")
     return name, configuration or None

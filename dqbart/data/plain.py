@@ -8,16 +8,13 @@ teach that unrelated sentences follow each other, and nothing would show it.
 """
 
 import dataclasses
-import gzip
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from dqbart.data.columns import column_kinds, column_names, guess_columns, read_text, read_value
-from dqbart.data.files import _lines, load_rows
+from dqbart.data.files import load_rows
 
 TEXT_NAMES = (
     "text", "content", "sentence", "paragraph", "passage", "body", "article", "document", "abstract", "context",
@@ -30,11 +27,11 @@ DOCUMENT_NAMES = ("doc", "doc_id", "docid", "document", "document_id", "book", "
 class PlainTexts:
     """Documents, each a list of texts in reading order, none empty. `str()` is a line to print.
 
-    `text_column` and `document_column` are None for a text file; `skipped` counts rows without text.
+    `document_column` is None where every row is a document; `skipped` counts rows without text.
     """
 
     documents: list[list[str]]
-    text_column: str | None = None
+    text_column: str
     document_column: str | None = None
     guessed: bool = False
     skipped: int = 0
@@ -54,25 +51,22 @@ class PlainTexts:
 
     def __str__(self) -> str:
         line = f"{len(self):,} documents, {sum(map(len, self.documents)):,} texts"
-        if self.text_column is not None:
-            grouped = f"documents by {self.document_column!r}" if self.document_column else "every row is a document"
-            line += f"; text column {self.text_column!r}, {grouped}"
-            line += " (guessed; change with --source-column)" if self.guessed else ""
+        grouped = f"documents by {self.document_column!r}" if self.document_column else "every row is a document"
+        line += f"; text column {self.text_column!r}, {grouped}"
+        line += " (guessed; change with --source-column)" if self.guessed else ""
         return line + (f"; {self.skipped:,} empty rows left out" if self.skipped else "")
 
 
 def read_texts(
     data: Any, split: str = "train", column: str | None = None, document_column: str | None = None
 ) -> PlainTexts:
-    """The documents of `data`: a `.txt` or `.txt.gz` file, or whatever `load_rows` reads.
+    """The documents of `data`, whatever `load_rows` reads.
 
-    In a text file every line is a text and blank lines part documents. Rows have their text in `column`; consecutive
-    rows with the same value in `document_column` are one document. Both columns are guessed where not given.
+    Rows have their text in `column`; consecutive rows with the same value in `document_column` are one document. Both
+    columns are guessed where not given.
 
     Raises `FileNotFoundError` and `ValueError` as `load_rows` and `guess_columns` do: one line, with the place.
     """
-    if isinstance(data, str | Path) and str(data).lower().endswith((".txt", ".txt.gz")):
-        return _text_file(Path(data).expanduser(), column or document_column)
     rows = load_rows(data, split=split)
     text = _text_column(rows, column)
     document = _document_column(rows, text, document_column)
@@ -88,26 +82,6 @@ def read_texts(
         raise ValueError(f"column {text!r}: all {len(rows)} rows are empty there")
     guessed = column is None or (document is not None and document_column is None)
     return PlainTexts(documents, text, document, guessed, sum(not text for text in texts))
-
-
-def _text_file(path: Path, column: str | None) -> PlainTexts:
-    if column is not None:
-        raise ValueError(f"column {column!r}: {path} is a text file, which has no columns; leave it out")
-    if not path.is_file():
-        raise FileNotFoundError(f"data {str(path)!r}: no such file")
-    try:
-        documents = list(_paragraphs(_lines(path)))
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a whole gzip file ({error})") from None
-    if not documents:
-        raise ValueError(f"{path}: there is no text in it")
-    return PlainTexts(documents)
-
-
-def _paragraphs(lines: Iterator[str]) -> Iterator[list[str]]:
-    for blank, group in groupby(map(str.strip, lines), lambda line: not line):
-        if not blank:
-            yield list(group)
 
 
 def _text_column(rows: Sequence[dict[str, Any]], column: str | None) -> str:

@@ -13,14 +13,9 @@ from dqbart.data.augmentation import Augmenter
 from dqbart.data.columns import read_text
 from dqbart.data.files import load_rows
 from dqbart.data.labelled import guess_label_columns
-from dqbart.data.plain import read_texts
 from dqbart.data.word_vectors import read_word_vectors
 from dqbart.data.words import stop_words
 from dqbart.teacher import load_teacher
-
-
-def _lines(data: Any) -> list[dict[str, str]]:
-    return [{"text": text} for texts in read_texts(data).documents for text in texts]
 
 
 def augment_file(
@@ -50,7 +45,7 @@ def augment_file(
     if not str(out).endswith(".jsonl"):
         raise ValueError(f"--out {str(out)!r}: expected a name that ends with .jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours
-    rows: Any = _lines(data) if str(data).endswith((".txt", ".txt.gz")) else load_rows(data)
+    rows = load_rows(data)
     columns = guess_label_columns(rows, text_column, pair_column)
     inside = [name for name in (columns.text, columns.pair) if name and name not in rows[0]]
     if inside:
