@@ -176,6 +176,8 @@ def test_interval_is_that_of_the_whole_statistic() -> None:
     x, y = np.array([1, 5, 2, 2, 8.0]), np.array([1, 4, 4, 2, 9.0])
     interval = resampled_interval(5, lambda rows: values("spearman", x[rows], y[rows])["spearman"], resamples=50)
     assert score_labels("spearman", x, y, resamples=50).intervals["spearman"] == pytest.approx(list(interval))
+    with pytest.raises(ValueError, match="0 examples: nothing to score; expected at least one"):
+        resampled_interval(0, lambda rows: 0.0)
 
 
 def test_definitions_say_which_f1() -> None:

@@ -225,8 +225,10 @@ def resampled_interval(
     """95 % percentile interval of `value(indices)`, `count` indices of examples drawn with replacement.
 
     For what is no function of sums. The same `seed` and `count` draw the same examples, here and in
-    `bootstrap_interval`. Raises `ValueError` for fewer than 1 resample.
+    `bootstrap_interval`. Raises `ValueError` for no examples, or fewer than 1 resample.
     """
+    if count < 1:
+        raise ValueError(f"{count} examples: nothing to score; expected at least one")
     if resamples < 1:
         raise ValueError(f"resamples {resamples!r}: expected at least 1")
     draw = np.random.default_rng(seed)

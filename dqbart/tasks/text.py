@@ -10,7 +10,7 @@ from dqbart.data.masking import BlockCollator, MaskedItems, Masker
 from dqbart.data.plain import PlainTexts, read_texts
 from dqbart.data.sentence_order import SentenceOrder
 from dqbart.data.splits import data_name
-from dqbart.evaluation.label_metrics import score_labels
+from dqbart.evaluation.metrics import Score, resampled_interval
 from dqbart.evaluation.predict import predict_masked
 from dqbart.recipe import Recipe
 from dqbart.tasks import PROBES, Outcome, Task
@@ -71,13 +71,12 @@ class PlainText(Task):
         blocks = encode_blocks(self.tokenizer, examples.documents, self.recipe.max_source_length, progress=False)
         rate = self.recipe.mask_rate or 0.15
         items = MaskedItems(blocks, Masker(self.tokenizer, rate), seed=28)
-        found = score_labels("accuracy", *predict_masked(model, items, self.collator, self.recipe.eval_batch_size))
-        score = dataclasses.replace(
-            found, values={"accuracy": found.values["accuracy"]},
-            intervals={"accuracy": found.intervals["accuracy"]},
-            definition=f"share of masked tokens guessed right, x 100; {100 * rate:g} % masked",
-        )  # fmt: skip
-        return Outcome(score, [])
+        found_M, wanted_M = predict_masked(model, items, self.collator, self.recipe.eval_batch_size)
+        hits_M = 100.0 * (found_M == wanted_M)
+        low, high = resampled_interval(len(hits_M), lambda drawn_N: hits_M[drawn_N].mean())
+        definition = f"share of masked tokens guessed right, x 100; {100 * rate:g} % masked"
+        values, intervals = {"accuracy": float(hits_M.mean())}, {"accuracy": [low, high]}
+        return Outcome(Score("accuracy", values, intervals, len(hits_M), "", definition, {}), [])
 
     def probe(self, model: Any, examples: PlainTexts | None) -> dict[str, Any]:
         if examples is None:
