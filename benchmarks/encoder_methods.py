@@ -65,11 +65,6 @@ class Workshop:
         name = f"{model.layers}x{model.width}-{model.heads}-{words.name}-{model.length}"
         return self._once(start / name, lambda folder: random_bert(model, words, folder))
 
-    def with_dropout(self, model: Path, dropout: float) -> Path:
-        """A copy of a folder, which trains with so much of it."""
-        name = f"{model.parent.name}-{model.name}-dropout-{dropout:g}"
-        return self._once(self.work / "start" / name, lambda folder: copy_with_dropout(model, dropout, folder))
-
     def rows(self, data: Data) -> Path:
         """A folder with the rows that a cell asks for."""
         plain = self.source / data.name
@@ -104,9 +99,6 @@ class Workshop:
         recipe = cell.recipe | lengths(cell, data) | {"bf16": self.bf16 and on_text}
         model = self.model(cell.model, texts)
         student = None if cell.student is None else self.model(cell.student, texts)
-        if cell.dropout:  # copies of the model train, too
-            model = self.with_dropout(model, cell.dropout)
-            student = None if student is None else self.with_dropout(student, cell.dropout)
         result = dqbart.compress(
             model, data, student=student, output=output, device=self.device, recipe=dqbart.Recipe.from_dict(recipe)
         )
@@ -202,15 +194,6 @@ def look_beside_(model: Any) -> None:
                 rows = slice(head * size, (head + 1) * size)
                 attention.query.weight[rows] = own_SD * peak**0.5
                 attention.key.weight[rows] = turned_SD * peak**0.5
-
-
-def copy_with_dropout(source: Path, dropout: float, folder: Path) -> None:
-    """A checkpoint whose config says another dropout."""
-    shutil.copytree(source, folder, dirs_exist_ok=True)
-    file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def sample(source: Path, data: Data, folder: Path) -> None:

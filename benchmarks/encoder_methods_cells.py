@@ -66,8 +66,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Cell:
-    """One call of `dqbart.compress`, and the row that it gives. `steps`: of the method's parts, one or two. `dropout`:
-    of what is trained. `shown`: what the tables want to know of it.
+    """One call of `dqbart.compress`, and the row that it gives. `steps`: of the method's parts, one or two. `shown`:
+    what the tables want to know of it.
     """
 
     name: str
@@ -77,7 +77,6 @@ class Cell:
     recipe: dict[str, Any]
     shown: dict[str, Any]
     student: "Cell | Shape | None" = None
-    dropout: float = 0.0
 
     @property
     def settings(self) -> str:
@@ -210,11 +209,11 @@ class _Maker:
         recipe = dict(
             bits=FLOAT, task="classification", method="finetune", max_source_length=self.study.teacher.length,
             batch_size=32, learning_rate=TEACHER_RATE if teacher else STUDENT_RATE, weight_decay=0.01,
-            warmup_ratio=0.1, dev_subset=1000, seed=seed,
+            warmup_ratio=0.1, dev_subset=1000, seed=seed, dropout=DROPOUT,
         ) | more  # fmt: skip
         shown = dict(part=part, shape=shape, method=label, task=task, seed=seed)
         steps = steps or (self.study.task_steps[task],)
-        return Cell(f"{task}/{name}/{seed}", model, data or self.data(task), steps, recipe, shown, student, DROPOUT)
+        return Cell(f"{task}/{name}/{seed}", model, data or self.data(task), steps, recipe, shown, student)
 
     def data(self, task: str, *, more: bool = False) -> Data:
         plain = Data(task, self.study.rows)

@@ -16,7 +16,6 @@ from encoder_methods_cells import (
     STUDIES,
     Cell,
     Data,
-    Shape,
     Study,
     cells,
     in_order,
@@ -162,20 +161,6 @@ def test_heads_begin_by_looking_at_the_words_beside(width: int, heads: int) -> N
     assert model.bert.embeddings.position_embeddings.weight.std().item() == pytest.approx(
         config.initializer_range, rel=0.2
     )
-
-
-def test_a_copy_that_learns_a_task_has_dropout_and_its_original_none(tmp_path: Path) -> None:
-    (tmp_path / "data" / "books").mkdir(parents=True)
-    (tmp_path / "data" / "books" / "train.jsonl").write_text('{"text": "a good book"}\n' * 9)
-    workshop = Workshop(tmp_path / "data", tmp_path / "work", "cpu", False)
-    plain = workshop.model(Shape(2, 8, 2, 40, 16), Data("books"))
-    copy = workshop.with_dropout(plain, 0.1)
-    one, other = (BertForMaskedLM.from_pretrained(folder) for folder in (plain, copy))
-    assert (one.config.hidden_dropout_prob, one.config.attention_probs_dropout_prob) == (0, 0)
-    assert (other.config.hidden_dropout_prob, other.config.attention_probs_dropout_prob) == (0.1, 0.1)
-    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
-    assert {file.name for file in plain.iterdir()} == {file.name for file in copy.iterdir()}
-    assert workshop.with_dropout(plain, 0.1) == copy
 
 
 def test_a_finished_cell_with_other_settings_is_not_done(tmp_path: Path) -> None:
