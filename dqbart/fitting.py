@@ -6,7 +6,7 @@ from typing import Any
 from dqbart.architectures import first_position
 from dqbart.methods import BOTH, METHODS, OF_ENCODER_DECODERS, OF_ENCODERS
 from dqbart.notation import Layers
-from dqbart.recipe import ELASTIC_FIELDS, METRICS, SHAPE, Recipe
+from dqbart.recipe import METRICS, SHAPE, Recipe
 
 # Low bits rebuild weights instead of rounding them, and want a larger step (TBT's scripts, ParetoQ).
 LEARNING_RATE = {1: 2.5e-4, 2: 3e-4, 3: 1.5e-4, 4: 1e-4, 8: 5e-5, 32: 5e-5}
@@ -61,13 +61,7 @@ def _check_family(recipe: Recipe, config: Any, task: str) -> None:
     for name in recipe.terms:
         if name not in (*BOTH, *own):
             raise ValueError(f"losses.{name}: a {config.model_type} model has {', '.join((*BOTH, *own))}")
-    if not recipe.elastic:
-        for f in dataclasses.fields(recipe):
-            if f.name in ELASTIC_FIELDS and getattr(recipe, f.name) != f.default:
-                raise ValueError(
-                    f"{f.name} {getattr(recipe, f.name)!r} with method {recipe.method!r}: only method 'dynabert' has "
-                    "it; leave it out"
-                )
+    _check_unread(recipe, config, task)
     if task == "sentences" and recipe.trains and not recipe.elastic and {"task", "logits"} & set(recipe.terms):
         raise ValueError(
             f"method {recipe.method!r} with task 'sentences': no words or classes are put out that could be "
@@ -80,6 +74,30 @@ def _check_family(recipe: Recipe, config: Any, task: str) -> None:
         raise ValueError(
             f"{narrow[0]} {getattr(recipe, narrow[0])!r}: only encoders' students have a shape of their own"
         )
+
+
+def _check_unread(recipe: Recipe, config: Any, task: str) -> None:
+    """A key that nothing would read is refused: whoever gives it expects something of it."""
+    method = METHODS[recipe.method]
+    related = {"attention_kl", "values", "queries", "keys"} & recipe.terms.keys()
+    readers: dict[str, tuple[Any, str]] = {
+        "widths depths label_epochs": (recipe.elastic, "method 'dynabert'"),
+        "teacher_layer relation_heads": (related, "the losses attention_kl, queries, keys and values"),
+        "sharing": (recipe.family == "albert" and config.model_type != "albert", "family 'albert' of another teacher"),
+        "masking segments document_column": (task == "text", "task 'text'"),
+        "source_prefix": (task not in ("text", "questions"), "tasks with one source text"),
+        "label_smoothing": (task not in ("regression", "questions", "sentences"), "tasks with classes or words"),
+        "source_column pair_column target_column": (
+            task != "questions",
+            "tasks other than questions",
+        ),
+        "skip probability_bits": (recipe.bits.quantized, "bits other than 32-32-32"),
+    }
+    unset = {f.name: f.default for f in dataclasses.fields(recipe)} | {"masking": "uniform"} | method.settings
+    for names, (is_read, reader) in readers.items():
+        for name in names.split():
+            if not is_read and getattr(recipe, name) != unset[name]:
+                raise ValueError(f"{name} {getattr(recipe, name)!r}: only {reader} would read it; leave it out")
 
 
 def _check_elastic(recipe: Recipe, config: Any, task: str, student: Any) -> None:

@@ -6,17 +6,19 @@ process has loaded it and said the same as the student. Rerunning the same comma
 """
 
 import copy
+import dataclasses
 import os
 import shutil
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from dqbart.data.columns import sample
 from dqbart.fitting import resolve
 from dqbart.recipe import Recipe
-from dqbart.run import Run, data_fingerprint, teacher_fingerprint
+from dqbart.run import Run, data_fingerprint, model_fingerprint
 from dqbart.student.maps import stack_words
 
 ELASTIC = "elastic"  # the float network, beside a packed one whose sub-networks are to be cut
@@ -84,7 +86,10 @@ def compress(
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe of type {type(recipe).__name__}: expected a dqbart.Recipe or a preset's name")
-    output = Path(os.path.abspath(Path(output).expanduser()))
+    if recipe.trains and str(device).startswith("cuda:") and device != f"cuda:{os.environ.get('LOCAL_RANK', '0')}":
+        number = str(device).partition(":")[2]  # Trainer takes the first one that it sees
+        raise ValueError(f"device {device!r}: expected 'cuda' in training; choose with CUDA_VISIBLE_DEVICES={number}")
+    output = Path(os.path.realpath(Path(output).expanduser()))  # what a link points to is what is replaced
     if output.is_file():
         raise FileExistsError(f"{output}: is a file; expected a folder to write")
     teacher, student = (_at_home(name) for name in (teacher, student))
@@ -108,9 +113,12 @@ def compress(
     small = _student(model, start, recipe)
     stages = [(stage, open_objective(stage, maps, small, model, task.pooling)) for stage in recipe.stages()]
     measured: Any = elastic.importance_examples(task, train, dev) if recipe.elastic else None
-    identity = {"recipe": recipe.to_dict(), "teacher": teacher_fingerprint(model), "data": data_fingerprint(train, dev)}
+    whole = model_fingerprint(model, tokenizer)
+    identity = {"recipe": recipe.to_dict(), "teacher": whole, "data": data_fingerprint(train, dev)}
+    if task.pooling is not None:
+        identity["pooling"] = dataclasses.asdict(task.pooling)
     if start is not None:
-        identity["student"] = teacher_fingerprint(start)
+        identity["student"] = model_fingerprint(start)
     run = Run.open(output, identity, overwrite)
     if run.finished is not None:
         say(f"{output}: already done with this recipe, teacher and data; --overwrite (overwrite=True) does it again")
@@ -215,7 +223,8 @@ def _distil(
     from dqbart.distill.dropout import dropping
     from dqbart.tasks.elastic import mean_score
 
-    state = PartialState(cpu=device == "cpu")
+    # other processes wait while the first one writes targets and scores students, which may take hours
+    state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
     rows, collator = task.training_set(train, teacher, run.work)
     say(f"training data: {rows}")
     subset = None

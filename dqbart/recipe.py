@@ -35,7 +35,6 @@ METRICS = {
 
 SHAPE = ("hidden_size", "heads", "intermediate_size", "embedding_size")
 FAMILIES = ("albert", "distilbert")
-ELASTIC_FIELDS = ("widths", "depths", "label_epochs")
 
 
 def _suggest(name: str, allowed: list[str]) -> str:
@@ -212,7 +211,10 @@ class Recipe:
         if not isinstance(name, str) or name not in PRESETS:
             close = _suggest(str(name), list(PRESETS))
             raise ValueError(f"preset {name!r}: {close}expected one of {', '.join(PRESETS)}")
-        return _build(cls, PRESETS[name] | changes)
+        values = PRESETS[name] | changes
+        if isinstance(changes.get("losses"), dict) and "losses" in PRESETS[name]:  # some of them: the others stay
+            values["losses"] = PRESETS[name]["losses"].to_dict() | changes["losses"]
+        return _build(cls, values)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":

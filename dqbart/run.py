@@ -1,7 +1,8 @@
 """One run and its two folders: what it is, whether it is done, whether it may go on.
 
-A run is told by a fingerprint of everything that decides its result: the resolved recipe, the teacher's weights and
-the texts. The same command finds the same fingerprint and continues; another one is told so, and touches nothing.
+A run is told by a fingerprint of everything that decides its result: the resolved recipe, the teacher with its
+tokenizer, and the texts. The same command finds the same fingerprint and continues; another one is told so, and
+touches nothing.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = "seconds.json"
+FINISHED = "finished"  # in run.json of a folder that is kept after its run
 
 
 @dataclass(frozen=True)
@@ -32,26 +34,31 @@ class Run:
     def open(cls, output: Path, identity: dict[str, Any], overwrite: bool) -> "Run":
         """Start or continue a run. Raises `FileExistsError` if the folder belongs to something else.
 
-        In a distributed run every process calls this with the same arguments; only the first one looks and writes.
+        With `overwrite` a finished run is done again, and one that was stopped goes on; what is in `output` stays there
+        until there is something to put in its place. In a distributed run every process calls this with the same
+        arguments; only the first one looks and writes.
         """
+        if os.path.ismount(output):
+            raise FileExistsError(f"{output}: a mount point, which can't be replaced; expected a folder in it")
         work = output.with_name(output.name + ".training")
         identity = json.loads(json.dumps(identity))
         if int(os.environ.get("RANK", "0")) != 0:
             done = None if overwrite else _read(output / "report.json")
             return cls(output, work, identity, done)
-        if overwrite:
-            for folder in (output, work):
-                _remove_ours(folder)
-        done = _read(output / "report.json")
-        if output.exists() and any(output.iterdir()):
-            difference = _difference(done.get("run") if done else None, identity)
-            if difference and not overwrite:
-                raise FileExistsError(f"{output}: {difference}; choose another --out, or --overwrite to replace it")
-            if not difference:
-                return cls(output, work, identity, done)
         before = _read(work / "run.json")
-        if work.exists() and any(work.iterdir()) and not overwrite:
-            difference = _difference(before, identity)
+        if overwrite:
+            _check_ours(output)
+            if before != identity:
+                _check_ours(work)
+                shutil.rmtree(work, ignore_errors=True)
+        elif _holds_something(output):
+            done = _read(output / "report.json")
+            difference = _difference(done and done.get("run"), identity)
+            if difference:
+                raise FileExistsError(f"{output}: {difference}; choose another --out, or --overwrite to replace it")
+            return cls(output, work, identity, done)
+        elif _holds_something(work):
+            difference = _difference(before and {k: v for k, v in before.items() if k != FINISHED}, identity)
             if difference:
                 raise FileExistsError(f"{work}: {difference}; choose another --out, or --overwrite to start anew")
         work.mkdir(parents=True, exist_ok=True)
@@ -79,17 +86,25 @@ class Run:
         report["run"] = self.identity
         _write(staged / "report.json", report)
         if self.output.exists():
-            self.output.rmdir()  # empty, or `open` would have refused
+            _check_ours(self.output)  # as `open` did, hours ago
+            shutil.rmtree(self.output)
         os.replace(staged, self.output)
+        _write(self.work / "run.json", self.identity | {FINISHED: True})
         for checkpoints in (self.work / "checkpoints", *self.work.glob("stage-*/checkpoints")):
             shutil.rmtree(checkpoints, ignore_errors=True)
         if {file.name for file in self.work.iterdir()} <= {"run.json", SECONDS}:
             shutil.rmtree(self.work)
 
 
-def teacher_fingerprint(model: Any) -> str:
-    """A hash of the architecture and of every weight, so that a retrained teacher is another teacher."""
+def model_fingerprint(model: Any, tokenizer: Any = None) -> str:
+    """A hash of class, configuration, vocabulary and every weight, so that a retrained teacher is another teacher."""
     digest = hashlib.sha256(type(model).__name__.encode())
+    for config in filter(None, (model.config, getattr(model, "generation_config", None))):
+        settings = {k: v for k, v in config.to_dict().items() if not k.startswith("_") and "version" not in k}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    if tokenizer is not None:
+        words = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.padding_side]
+        digest.update(json.dumps(words, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(dtype=_BYTES()).numpy())
@@ -130,26 +145,30 @@ def _difference(before: Any, now: dict[str, Any]) -> str:
     for key in new:
         if old[key] != new[key]:
             return f"made with another recipe ({key} {old[key]!r}, now {new[key]!r})"
-    names = {"teacher": "teacher", "student": "student to begin with", "data": "data set"}
-    return f"made with another {next(names[key] for key in names if before.get(key) != now.get(key))}"
+    names = {"teacher": "teacher", "student": "student to begin with", "data": "data set", "pooling": "pooling"}
+    other = next((names[key] for key in names if before.get(key) != now.get(key)), "version of dqbart")
+    return f"made with another {other}"
 
 
-def _remove_ours(folder: Path) -> None:
-    """Delete a folder of ours; refuse anything that no run has written."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not any((folder / name).exists() for name in ("run.json", "report.json")):
+def _holds_something(folder: Path) -> bool:
+    return folder.exists() and any(folder.iterdir())
+
+
+def _check_ours(folder: Path) -> None:
+    """Raises `FileExistsError` for a folder with something in it that no run has written."""
+    report, run = (_read(folder / name) for name in ("report.json", "run.json"))
+    if _holds_something(folder) and not isinstance((report or {}).get("run"), dict) and "recipe" not in (run or {}):
         raise FileExistsError(
             f"{folder}: not written by dqbart, so --overwrite does not touch it; choose another --out"
         )
-    shutil.rmtree(folder)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _write(path: Path, value: Any) -> None:

@@ -376,11 +376,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (dict(logits_loss="mse"), "logits_loss 'mse': method 'dynabert' has 'kl' alone"),
         (
             dict(method="finetune", label_epochs=1),
-            "label_epochs 1 with method 'finetune': only method 'dynabert' has it",
+            "label_epochs 1: only method 'dynabert' would read it; leave it out",
         ),
         (
             dict(method="finetune", widths=[1]),
-            "widths (1.0,) with method 'finetune': only method 'dynabert' has it; leave it out",
+            "widths (1.0,): only method 'dynabert' would read it; leave it out",
         ),
         (dict(label_epochs=-1), "label_epochs -1: expected at least 0"),
         (dict(task="sentences"), "task 'sentences' with method 'dynabert': it compares what heads say; expected one"),

@@ -1,10 +1,13 @@
 """A recipe and the model it is for: what is filled in, what is refused."""
 
+from typing import Any
+
 import pytest
 from tiny_models import tiny_encoder, tiny_seq2seq
 from transformers import BartConfig
 
 from dqbart.fitting import resolve
+from dqbart.methods import METHODS
 from dqbart.notation import Layers
 from dqbart.recipe import Recipe
 
@@ -43,3 +46,32 @@ def test_methods_know_their_models() -> None:
     assert (found.task, found.metric, found.layers, found.learning_rate) == ("text", "accuracy", Layers("3"), 2.4e-3)
     roberta = tiny_encoder("roberta").config  # positions begin after the padding token's
     assert resolve(Recipe(), roberta).max_source_length == 62
+
+
+@pytest.mark.parametrize(
+    "changes, task, words",
+    [
+        ({"teacher_layer": 99}, None, "teacher_layer 99: only the losses attention_kl, queries, keys and values"),
+        ({"relation_heads": 4, "method": "tinybert"}, None, "relation_heads 4: only the losses"),
+        ({"sharing": "ffn"}, None, "sharing 'ffn': only family 'albert' of another teacher would read it"),
+        ({"masking": "word"}, "classification", "masking 'word': only task 'text' would read it; leave it out"),
+        ({"masking": "word", "method": "distilbert"}, "classification", "masking 'word': only task 'text'"),
+        ({"segments": 2}, "classification", "segments 2: only task 'text'"),
+        ({"document_column": "doc"}, "regression", "document_column 'doc': only task 'text'"),
+        ({"source_prefix": "query: "}, "text", "source_prefix 'query: ': only tasks with one source text"),
+        ({"label_smoothing": 0.1}, "regression", "label_smoothing 0.1: only tasks with classes or words"),
+        ({"target_column": "answer"}, "questions", "target_column 'answer': only tasks other than questions"),
+        ({"skip": "*.fc1", "bits": "32-32-32"}, None, r"skip \('\*.fc1',\): only bits other than 32-32-32"),
+        ({"label_epochs": 1}, None, "label_epochs 1: only method 'dynabert'"),
+    ],
+)
+def test_keys_that_nothing_would_read(changes: dict[str, Any], task: str | None, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        resolve(Recipe(**changes), tiny_encoder("bert").config, task or "classification")
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_what_a_method_sets_is_not_refused(method: str) -> None:
+    for task in ("classification", "text"):
+        found = resolve(Recipe(method=method), tiny_encoder("bert").config, task)
+        assert resolve(found, tiny_encoder("bert").config, task) == found

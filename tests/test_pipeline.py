@@ -53,6 +53,12 @@ def test_another_recipe_is_refused_then_overwritten(teacher_folder: Path, tmp_pa
     other = dqbart.Recipe(bits="2-2-8", epochs=0)
     with pytest.raises(FileExistsError, match=r"another recipe \(bits '8-8-8', now '2-2-8'\).*--overwrite"):
         dqbart.compress(str(teacher_folder), recipe=other, output=tmp_path / "out")
+    settings = teacher_folder / "generation_config.json"
+    before = settings.read_text()
+    settings.write_text(json.dumps(json.loads(before) | {"num_beams": 3}))
+    with pytest.raises(FileExistsError, match="made with another teacher"):  # the same weights, other outputs
+        dqbart.compress(str(teacher_folder), recipe=recipe, output=tmp_path / "out")
+    settings.write_text(before)
     run = json.loads((tmp_path / "out" / "report.json").read_text())
     del run["run"]["recipe"]["dropout"]  # a field that came later, whose default may not be what was done before
     (tmp_path / "out" / "report.json").write_text(json.dumps(run))
@@ -60,6 +66,16 @@ def test_another_recipe_is_refused_then_overwritten(teacher_folder: Path, tmp_pa
         dqbart.compress(str(teacher_folder), recipe=recipe, output=tmp_path / "out")
     result = dqbart.compress(str(teacher_folder), recipe=other, output=tmp_path / "out", overwrite=True)
     assert result.report["recipe"]["bits"] == "2-2-8"
+
+
+def test_a_link_is_written_where_it_points_and_a_second_gpu_is_not_taken(teacher_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    recipe = dqbart.Recipe(bits="8-8-8", epochs=0)
+    result = dqbart.compress(str(teacher_folder), recipe=recipe, output=tmp_path / "link")
+    assert result.folder == tmp_path / "disk" and (tmp_path / "link" / "report.json").is_file()
+    with pytest.raises(ValueError, match="'cuda:1': expected 'cuda' in training; choose with CUDA_VISIBLE_DEVICES=1"):
+        dqbart.compress(str(teacher_folder), output=tmp_path / "out", device="cuda:1")
 
 
 def test_a_foreign_folder_is_never_touched(teacher_folder: Path, tmp_path: Path) -> None:

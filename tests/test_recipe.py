@@ -250,6 +250,12 @@ def test_losses_that_were_asked_for_are_those_of_all_stages() -> None:
     assert [stage.terms for stage in own] == [{"task": 1.0, "logits": 1.0}] * 2 + [{"task": 1.0}]
 
 
+def test_one_loss_of_a_preset_leaves_the_others() -> None:
+    paper = Recipe.preset("paper-2-2-8")
+    changed = Recipe.from_dict({"preset": "paper-2-2-8", "losses": {"task": 0.8}})
+    assert changed.terms == paper.terms | {"task": 0.8} and len(changed.terms) == 7
+
+
 def test_combinations_that_are_right() -> None:
     assert Recipe(bits="2-4-8", storage="trits").storage == "trits"
     assert Recipe(bits="4-2-8", storage="trits").bits == Bits("4-2-8")

@@ -21,15 +21,18 @@ from transformers import (
     BertModel,
 )
 
+from dqbart.fitting import resolve
 from dqbart.quant.attention import use_attention
 from dqbart.quant.sharing import share_again
+from dqbart.recipe import Recipe
 from dqbart.student.sharing import albert_config, albert_student, shared_model
+from dqbart.student.start import new_student
 
 SHARINGS = ("all", "attention", "ffn", "none")
 BATCH = token_batch([9, 5])
 
 
-def made(sharing: str, teacher: Any = None, **sizes: int) -> Any:
+def made(sharing: str, teacher: Any = None, **sizes: Any) -> Any:
     """A student in eval mode whose layers differ wherever they can."""
     student = albert_student(teacher or tiny_encoder("bert"), sharing=sharing, **({"embedding_size": 16} | sizes))
     return student.eval()
@@ -81,8 +84,8 @@ def test_which_modules_are_one(sharing: str) -> None:
     [
         (dict(sharing="embedding"), "sharing 'embedding': expected 'all' or 'attention' or 'ffn' or 'none'"),
         (dict(sharing=None), "sharing None: expected 'all'"),
-        (dict(layers=4), "layers 4: the teacher's stack has 3; expected 1 to 3"),
-        (dict(layers=0), "layers 0: expected a whole number from 1"),
+        (dict(layers=[0, 1, 2, 2]), "layers 4: the teacher's stack has 3; expected 1 to 3"),
+        (dict(layers=[]), "layers 0: expected a whole number from 1"),
         (dict(embedding_size=33), "embedding_size 33: expected 1 to 32, the teacher's width"),
         (dict(embedding_size=0), "embedding_size 0: expected a whole number from 1"),
         (dict(heads=5), "heads 5: don't divide the width 32"),
@@ -174,7 +177,7 @@ def test_one_dimension_is_an_embedding_too() -> None:
 def test_layers_come_from_the_teacher(sharing: str) -> None:
     teacher = tiny_encoder("bert")
     source = teacher.state_dict()
-    student = made(sharing, teacher, layers=2)
+    student = made(sharing, teacher, layers=[0, 2])
     for i, layer in enumerate(layers_of(student)):
         for part, theirs, ours in [
             ("attention", "attention.self.value.weight", layer.attention.value.weight),
@@ -244,8 +247,17 @@ def test_an_albert_teacher() -> None:
         torch.testing.assert_close(said(student), said(teacher), rtol=1e-5, atol=1e-5)
     apart = made("ffn")
     apart.set_attn_implementation("eager")
-    again = albert_student(apart, sharing="attention", layers=2)
+    again = albert_student(apart, sharing="attention", layers=[0, 2])
     first, second = layers_of(again)
     old = [layer.attention.key.weight for layer in layers_of(apart)]
     assert torch.equal(first.attention.key.weight, (old[0] + old[2]) / 2)
     assert torch.equal(second.ffn.weight, layers_of(apart)[0].ffn.weight)
+
+
+def test_layers_begin_as_the_recipe_maps_them() -> None:
+    teacher = tiny_encoder("bert")  # of three layers
+    recipe = Recipe(method="tinybert", family="albert", sharing="none", layers="2", layer_map=[1, 2], embedding_size=16)
+    student = new_student(teacher, resolve(recipe, teacher.config, "text"))
+    for own, theirs in enumerate((1, 2)):
+        weight = student.base_model.encoder.albert_layer_groups[own].albert_layers[0].attention.query.weight
+        assert torch.equal(weight, teacher.base_model.encoder.layer[theirs].attention.self.query.weight)

@@ -17,7 +17,9 @@ from dqbart.cli import main
 from dqbart.data.files import load_rows
 from dqbart.packed.plain import is_plain
 from dqbart.packed.sentence import Pooling, write_pooling
+from dqbart.tasks import open_task
 from dqbart.tasks.run import evaluate
+from dqbart.teacher import load_teacher
 
 
 def test_finetuning_leaves_a_plain_checkpoint_that_knows_its_classes(classifier: Path, labelled: Path) -> None:
@@ -102,6 +104,14 @@ def test_students_of_another_family(shape: dict[str, Any], classifier: Path, lab
         shape["family"] == "albert"  # transformers knows nothing of shared attention
     )
     assert again.load().config.model_type == shape["family"]
+
+
+@pytest.mark.parametrize("task", ["classification", "sentences"])
+def test_a_prefix_is_before_every_input(task: str, classifier: Path, labelled: Path, capsys: Any) -> None:
+    model, tokenizer, _ = load_teacher(classifier, None, "cpu", task)
+    work = open_task(dqbart.Recipe(task=task, source_prefix="query: "), tokenizer, model, classifier)
+    found = work.read_split(labelled, "train")
+    assert len(found) and all(text.startswith("query: ") for text in found.texts)
 
 
 @pytest.mark.parametrize("method", ["distilbert", "tinybert", "dq", "albert's"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from conftest import in_two_processes
 from tiny_models import tiny_encoder, tiny_seq2seq, token_batch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import Seq2SeqTrainingArguments, TrainerCallback
 
 from dqbart.data.batches import Collator
 from dqbart.distill import trainer as module
@@ -151,6 +152,39 @@ def test_killed_between_checkpoints_and_run_again(tmp_path: Path, uninterrupted:
     assert same(state(third), uninterrupted)
 
 
+@pytest.mark.parametrize("cut", ["no state", "half a state", "empty, the last step"])
+def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path: Path, cut: str) -> None:
+    """A full disk or a kill while saving: the one before it is whole."""
+
+    def dev_score(model: Any) -> Score:
+        return rouge(rougeL=1.0)
+
+    trainer = make(tmp_path / "cut", dev_score)
+    trainer.add_callback(At(6, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer)
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    bad = checkpoints / f"checkpoint-{12 if 'last' in cut else 9}"
+    bad.mkdir()
+    if cut == "half a state":
+        (bad / "trainer_state.json").write_text('{"global_step": 9, "max_st')
+    (tmp_path / "cut" / "best" / "dev.json").write_text("")
+    resumed = make(tmp_path / "cut", dev_score)
+    train(resumed)
+    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-12"]
+    assert json.loads((tmp_path / "cut" / "best" / "dev.json").read_text())["value"] == 1
+    assert [row["step"] for row in rows(tmp_path / "cut") if "loss" in row] == list(range(1, 13))
+
+
+def test_the_best_student_of_a_training_that_is_done_again_is_forgotten(tmp_path: Path) -> None:
+    train(make(tmp_path, lambda model: rouge(rougeL=50.0)))
+    for folder in (tmp_path / "checkpoints").iterdir():
+        shutil.rmtree(folder)
+    again = make(tmp_path, lambda model: rouge(rougeL=1.0))
+    train(again)
+    assert json.loads((tmp_path / "best" / "dev.json").read_text())["value"] == 1
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     trainer = make(tmp_path)
 
@@ -233,6 +267,18 @@ def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert training_arguments(Recipe(layers="1-1", evaluations=0), tmp_path, 320, "cpu").eval_steps == 30
     monkeypatch.setattr(module, "_world_size", lambda: 2)
     assert training_arguments(recipe, tmp_path, 26, "cpu").max_steps == 6
+
+
+def test_two_gpus_and_no_torchrun_train_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer would take both, in threads (nn.DataParallel), and twice the batch."""
+
+    def setup(self: Any) -> Any:
+        self._n_gpu = 2
+        return torch.device("cuda:0")
+
+    monkeypatch.setattr(Seq2SeqTrainingArguments, "_setup_devices", property(setup))
+    arguments = training_arguments(Recipe(batch_size=4), tmp_path, 26, "cuda")
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
 
 
 @pytest.mark.parametrize("kind", ["bart", "mbart", "bert", "roberta", "distilbert", "albert"])

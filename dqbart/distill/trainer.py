@@ -14,6 +14,7 @@ What is changed, and why (integration.md, section 3):
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -25,7 +26,6 @@ import torch
 from torch import Tensor
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from dqbart.recipe import Recipe
 
@@ -38,7 +38,7 @@ def training_arguments(recipe: Recipe, folder: Path, examples: int, device: str 
     batch = recipe.batch_size * recipe.gradient_accumulation * max(1, _world_size())
     steps = recipe.max_steps or max(1, math.ceil(recipe.epochs * math.ceil(examples / batch)))
     every = max(1, math.ceil(steps / recipe.evaluations)) if recipe.evaluations else steps
-    return Seq2SeqTrainingArguments(
+    arguments = Seq2SeqTrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=steps,
         per_device_train_batch_size=recipe.batch_size,
@@ -57,7 +57,6 @@ def training_arguments(recipe: Recipe, folder: Path, examples: int, device: str 
         logging_strategy="steps",
         logging_steps=max(1, steps // 100),
         train_sampling_strategy="group_by_length",
-        length_column_name="length",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=not {"task", "logits"} & set(recipe.terms),  # they use every parameter
@@ -65,6 +64,8 @@ def training_arguments(recipe: Recipe, folder: Path, examples: int, device: str 
         disable_tqdm=True,
         use_cpu=device == "cpu" or not torch.cuda.is_available(),  # unsaid, Trainer wants a GPU for bf16
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several and no torchrun: Trainer would use nn.DataParallel
+    return arguments
 
 
 def _world_size() -> int:
@@ -108,7 +109,6 @@ class DistillationTrainer(Seq2SeqTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        inputs = {k: v for k, v in inputs.items() if k != "length"}
         total, terms, output = self.objective(model, self.teacher, inputs, self.accelerator.unwrap_model(model))
         for name, term in (terms | {"loss": total}).items():
             self._sums[name] = self._sums.get(name, 0) + term.detach()
@@ -131,18 +131,24 @@ class DistillationTrainer(Seq2SeqTrainer):
         return metrics
 
     def _keep_if_best(self, student: Any, scores: dict[str, float], value: float) -> None:
-        best = self.folder / "best" / "dev.json"
-        before = json.loads(best.read_text())["value"] if best.exists() else -math.inf
-        if value > before:
-            student.save_pretrained(best.parent)
-            best.write_text(json.dumps({"step": self.state.global_step, "scores": scores, "value": value}))
+        best, aside = self.folder / "best", self.folder / "best.partial"
+        if value > (_best(best) or {"value": -math.inf})["value"]:
+            shutil.rmtree(aside, ignore_errors=True)
+            student.save_pretrained(aside)
+            found = {"step": self.state.global_step, "scores": scores, "value": value}
+            (aside / "dev.json").write_text(json.dumps(found), encoding="utf-8")
+            shutil.rmtree(best, ignore_errors=True)
+            os.replace(aside, best)
 
     def _record(self, row: dict[str, Any]) -> None:
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
 
     def _forget_after(self, step: int) -> None:
-        """Drop the log of steps that will be done again, and a line that a crash cut short."""
+        """Drop the best student and the log of steps that will be done again, and a line that a crash cut short."""
+        best = _best(self.folder / "best")
+        if best is None or best["step"] > step:
+            shutil.rmtree(self.folder / "best", ignore_errors=True)
         log = self.folder / "metrics.jsonl"
         if log.exists():
             lines = [line for line in log.read_text(encoding="utf-8").splitlines(True) if line.endswith("}\n")]
@@ -237,15 +243,36 @@ class StopOnSignal(TrainerCallback):
         return control
 
 
+def _best(folder: Path) -> dict[str, Any] | None:
+    """Step and score of a kept student."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "dev.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def _last_checkpoint(folder: Path) -> tuple[int, Path] | None:
+    """Step and folder of the newest checkpoint that is whole: its trainer_state.json is written last. Newer ones that
+    a full disk or a kill cut short are deleted, or Trainer would count them among those to keep."""
+    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*")}
+    for step, path in sorted(found.items(), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return step, path
+        except (OSError, ValueError):
+            shutil.rmtree(path, ignore_errors=True)
+    return None
+
+
 def train(trainer: DistillationTrainer) -> None:
     """Train to the end, from the last checkpoint if there is one; then load the best student into the model.
 
     Raises `KeyboardInterrupt`, with a checkpoint saved, if it was told to stop.
     """
-    checkpoints = Path(trainer.args.output_dir)
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if last is not None and int(last.rpartition("-")[2]) >= trainer.args.max_steps:
-        load_weights(trainer.model, Path(last))  # done before; Trainer would do one more step
+    step, last = _last_checkpoint(Path(trainer.args.output_dir)) or (0, None)
+    if last is not None and step >= trainer.args.max_steps:
+        load_weights(trainer.model, last)  # done before; Trainer would do one more step
     else:
         _train(trainer, last)
     student = trainer.accelerator.unwrap_model(trainer.model)
@@ -257,13 +284,13 @@ def train(trainer: DistillationTrainer) -> None:
     trainer.objective.finish(student)
 
 
-def _train(trainer: DistillationTrainer, last: str | None) -> None:
+def _train(trainer: DistillationTrainer, last: Path | None) -> None:
     if last is not None:
         print(f"resuming from {last}", file=sys.stderr, flush=True)
     stop = StopOnSignal(trainer)
     trainer.add_callback(stop)
     with stop:
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if stop.stopped:
         raise KeyboardInterrupt
 

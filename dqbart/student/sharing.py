@@ -16,6 +16,7 @@ error before and after: mean 0.41 and 0.15, layer 3 0.62 and 0.19, layer 5 0.57 
 layers 1.05 and 0.55; the mean behind a random embedding 0.57 and 0.26.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from torch import Tensor
 
 from dqbart.architectures import first_position
 from dqbart.quant.sharing import FIELD, check_sharing, keep_whole, shared_parts, tie_layers
-from dqbart.student.maps import layer_map
 from dqbart.student.shape import check_heads, checked_layers, inherited, task_class, whole
 
 # BERT's names in an ALBERT layer; the first four of each are the attention's or the feed-forward block's.
@@ -101,7 +101,7 @@ def shared_model(cls: Any, config: Any) -> Any:
 def albert_student(
     teacher: Any,
     *,
-    layers: int | None = None,
+    layers: Sequence[int] | None = None,
     embedding_size: int | None = None,
     hidden_size: int | None = None,
     heads: int | None = None,
@@ -110,19 +110,21 @@ def albert_student(
 ) -> Any:
     """A float ALBERT of the class for the teacher's task, sizes as in `albert_config`, started from its weights.
 
+    `layers`: of the teacher, counted from 0, that its own begin as; all by default.
     The embedding is copied or factorized, its map to the layers too if the width is the teacher's. Attention is copied
     where width and heads are, feed-forward where width and inner width are; pooler and heads where shapes are. The rest
     is random, by torch's generator. Nothing is shared with the teacher. Raises `ValueError` as `albert_config`, and for
     a task that ALBERT has no class for.
     """
+    mapped = range(teacher.config.num_hidden_layers) if layers is None else layers
     config = albert_config(
-        teacher.config, layers=layers, embedding_size=embedding_size, hidden_size=hidden_size, heads=heads,
+        teacher.config, layers=len(mapped), embedding_size=embedding_size, hidden_size=hidden_size, heads=heads,
         intermediate_size=intermediate_size, sharing=sharing,
     )  # fmt: skip
     student = shared_model(task_class(teacher, "Albert"), config).to(dtype=teacher.dtype)
     with torch.no_grad():
         state = teacher.base_model.state_dict()
-        found = _embeddings(state, teacher.config, config) | _layers(state, teacher.config, config)
+        found = _embeddings(state, teacher.config, config) | _layers(state, teacher.config, config, mapped)
         base, own = student.base_model, student.base_model.state_dict()
         pooler = state.get("pooler.dense.weight", state.get("pooler.weight"))
         if pooler is not None and base.pooler is not None and pooler.shape == base.pooler.weight.shape:
@@ -172,11 +174,10 @@ def _basis(words_VD: Tensor, size: int) -> Tensor:
     return vectors_DE.to(words_VD.device)
 
 
-def _layers(state: dict[str, Tensor], old: Any, new: Any) -> dict[str, Tensor]:
+def _layers(state: dict[str, Tensor], old: Any, new: Any, mapped: Sequence[int]) -> dict[str, Tensor]:
     same_width = old.hidden_size == new.hidden_size
     wanted = _ATTENTION if same_width and old.num_attention_heads == new.num_attention_heads else {}
     wanted = wanted | (_FFN if same_width and old.intermediate_size == new.intermediate_size else {})
-    mapped = layer_map(old.num_hidden_layers, new.num_hidden_layers)
     found = {}
     for i in range(new.num_hidden_groups):
         for theirs, ours in wanted.items():

@@ -21,7 +21,8 @@ def new_student(teacher: Any, recipe: Recipe) -> Any:
             teacher.config, "dqbart_sharing", "all" if getattr(teacher.config, "num_hidden_groups", 1) == 1 else "none"
         )
         sharing = recipe.sharing if kind != "albert" else own
-        return albert_student(teacher, layers=recipe.layers.encoder, sharing=sharing, **shape)
+        layers = mapped_layers(recipe.layer_map, teacher.config.num_hidden_layers, recipe.layers.encoder)
+        return albert_student(teacher, layers=layers, sharing=sharing, **shape)
     if shape.pop("embedding_size") is not None:
         raise ValueError(f"embedding_size {recipe.embedding_size}: only ALBERT has one; give family 'albert'")
     if recipe.family == "distilbert":

@@ -1,6 +1,7 @@
 """One text, or two, and a class or a number: sentiment, intent, entailment, acceptability, similarity."""
 
 import copy
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class Labels(Task):
         columns = guess_label_columns(rows, recipe.source_column, recipe.pair_column, recipe.target_column)
         kind: Any = recipe.task
         found = read_labelled(rows, columns, self.names, kind)
+        found = dataclasses.replace(found, texts=[recipe.source_prefix + text for text in found.texts])
         if split == "train" and self.names is None:
             self.names = found.names
         print(f"{data_name(data)} ({split}): {found}; {columns}", file=sys.stderr, flush=True)

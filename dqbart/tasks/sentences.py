@@ -55,6 +55,9 @@ class Sentences(Task):
         if columns.pair is None or (recipe.target_column is None and not _similarities(rows, columns.label)):
             columns = dataclasses.replace(columns, label=None)  # a class says nothing of similarity
         found = read_labelled(rows, columns, None, "regression")
+        prefix = recipe.source_prefix
+        pairs = None if found.pairs is None else [prefix + text for text in found.pairs]
+        found = dataclasses.replace(found, texts=[prefix + text for text in found.texts], pairs=pairs)
         print(f"{data_name(data)} ({split}): {found}; {columns}", file=sys.stderr, flush=True)
         return found
 

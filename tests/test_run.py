@@ -1,0 +1,91 @@
+"""A run's two folders: what goes on, what is replaced and when, and what is never touched."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dqbart.run import Run
+
+IDENTITY: dict[str, Any] = {"recipe": {"bits": "2-2-8"}, "teacher": "a", "data": None}
+
+
+def finished(output: Path, identity: dict[str, Any] = IDENTITY) -> None:
+    run = Run.open(output, identity, overwrite=False)
+    staged = run.work / "packed"
+    staged.mkdir()
+    (staged / "model").write_text("old")
+    run.finish(staged, {})
+
+
+def replaced(run: Run) -> None:
+    staged = run.work / "packed"
+    staged.mkdir()
+    (staged / "model").write_text("new")
+    run.finish(staged, {})
+
+
+def test_overwriting_goes_on_and_the_old_folder_stays_until_there_is_a_new_one(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    finished(output)
+    (tmp_path / "out.training").mkdir(exist_ok=True)
+    first = Run.open(output, IDENTITY, overwrite=True)  # done before: done again
+    assert first.finished is None and (output / "model").read_text() == "old"
+    (first.work / "checkpoints").mkdir()
+    again = Run.open(output, IDENTITY, overwrite=True)  # stopped: goes on
+    assert (again.work / "checkpoints").is_dir() and (output / "model").read_text() == "old"
+    other = Run.open(output, IDENTITY | {"teacher": "b"}, overwrite=True)
+    assert not (other.work / "checkpoints").exists()
+    replaced(other)
+    assert (output / "model").read_text() == "new"
+    assert json.loads((output / "report.json").read_text())["run"]["teacher"] == "b"
+
+
+def test_what_a_finished_run_left_is_no_beginning(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run = Run.open(output, IDENTITY, overwrite=False)
+    (run.work / "targets").mkdir()
+    replaced(run)
+    assert (run.work / "targets").is_dir()
+    Run.open(output, IDENTITY, overwrite=True)
+    assert not (run.work / "targets").exists()
+
+
+def test_a_deleted_result_is_made_again_beside_what_is_left(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run = Run.open(output, IDENTITY, overwrite=False)
+    (run.work / "targets").mkdir()
+    replaced(run)
+    os.rename(output, tmp_path / "elsewhere")
+    assert Run.open(output, IDENTITY, overwrite=False).finished is None and (run.work / "targets").is_dir()
+    with pytest.raises(FileExistsError, match="another teacher"):
+        Run.open(output, IDENTITY | {"teacher": "b"}, overwrite=False)
+
+
+@pytest.mark.parametrize("report", ['{"pytest": 1}', "[1]", "half a", '{"run": 3}', "\udcff"])
+def test_a_report_of_something_else_makes_no_folder_ours(tmp_path: Path, report: str) -> None:
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "report.json").write_bytes(report.encode("utf-8", "surrogateescape"))
+    (thesis / "thesis.tex").write_text("years")
+    for overwrite, words in ((True, "not written by dqbart"), (False, "was not written by a finished dqbart run")):
+        with pytest.raises(FileExistsError, match=words):
+            Run.open(thesis, IDENTITY, overwrite=overwrite)
+    assert (thesis / "thesis.tex").read_text() == "years"
+
+
+def test_files_that_came_meanwhile_are_not_deleted(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run = Run.open(output, IDENTITY, overwrite=False)
+    output.mkdir()
+    (output / "thesis.tex").write_text("years")
+    with pytest.raises(FileExistsError, match="not written by dqbart"):
+        replaced(run)
+    assert (output / "thesis.tex").read_text() == "years" and (run.work / "packed" / "model").exists()
+
+
+def test_a_mount_point_is_refused_before_anything_is_done() -> None:
+    with pytest.raises(FileExistsError, match="a mount point, which can't be replaced; expected a folder in it"):
+        Run.open(Path("/proc"), IDENTITY, overwrite=True)
