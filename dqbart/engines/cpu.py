@@ -20,6 +20,9 @@ class CpuRunner:
     def __init__(self, threads: int | None = None) -> None:
         self.threads = threads or torch.get_num_threads()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self  # a model that nothing changes serves copies, too
+
     def reason(self) -> str | None:
         return cpu.reason()
 

@@ -7,6 +7,7 @@ engine, loaded when it is needed, and is said. Rejected: native classifiers, whi
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dqbart.architectures import first_position
-from dqbart.engines.native import Runner, check_runs, open_native
+from dqbart.engines.native import Runner, check_ids, check_runs, open_native
 from dqbart.packed import shards
 from dqbart.packed.verify import build_skeleton, read_config, read_spec
 
@@ -27,6 +28,7 @@ class NativeBase:
     runner: Runner
     folder: Path
     config: Any
+    _cast: Tensor  # holds nothing: `half()` and the like change its dtype
     _said: set[str]
     _torch_base: list[Any] | None = None
 
@@ -35,6 +37,7 @@ class NativeBase:
         input_ids: Any = None,
         attention_mask: Any = None,
         token_type_ids: Any = None,
+        *,
         return_dict: bool | None = None,
         **others: Any,
     ) -> Any:
@@ -44,14 +47,25 @@ class NativeBase:
             if reason not in self._said:
                 self._said.add(reason)
                 log.warning("the torch engine runs: engine %s does not know %s", self.runner.name, reason)
+            flags = ("output_attentions", "output_hidden_states")  # set on this model's config, not on that one's
+            others |= {name: True for name in flags if getattr(self.config, name) and others.get(name) is None}
             given = others | {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
             given = {name: value for name, value in given.items() if value is not None}
             return self.torch_base(input_ids=input_ids, return_dict=return_dict, **given)
         b, length = input_ids.shape
-        lengths_B = torch.full((b,), length) if attention_mask is None else attention_mask.sum(1)
+        lengths_B = torch.full((b,), length) if attention_mask is None else attention_mask.bool().sum(1)
         hidden_BLD = self.runner.hidden(input_ids, lengths_B, token_type_ids)
-        output = self._output(hidden_BLD)
+        output = self._output(hidden_BLD.to(self.dtype))
         return output.to_tuple() if return_dict is False else output
+
+    @property
+    def device(self) -> torch.device:
+        return self._cast.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what comes out: as heads are cast."""
+        return self._cast.dtype
 
     @property
     def torch_base(self) -> Any:
@@ -78,11 +92,12 @@ class NativeBase:
             if given is not None and tuple(given.shape) != tuple(ids.shape):
                 raise ValueError(f"{name} {list(given.shape)}: expected the shape of input_ids, {list(ids.shape)}")
         if mask is not None:
-            lengths = mask.sum(1)
+            lengths = mask.bool().sum(1)
             if (lengths == 0).any() or not torch.equal(
                 mask.bool(), torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
             ):
                 return "padding on the left or inside a text"
+        check_ids(ids, self.config.vocab_size)
         if first_position(self.config):  # positions count what is not padding
             real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
             if (ids[real] == self.config.pad_token_id).any():
@@ -109,7 +124,7 @@ def load_encoder(folder: str | Path, runner: Runner) -> Any:
 
     Raises `FileNotFoundError` or `ValueError`, one line, for a folder that doesn't fit.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     check_runs(runner, folder)
     config = read_config(folder)
     spec = read_spec(folder, config)
@@ -127,4 +142,11 @@ def load_encoder(folder: str | Path, runner: Runner) -> Any:
         raise ValueError(f"{folder}: tensor {missing[0]}: the native engine doesn't know where it comes from")
     base.__class__ = type(f"Native{type(base).__name__}", (NativeBase, type(base)), {})
     base.runner, base.folder, base._said = runner, folder, set()
+    base.register_buffer("_cast", torch.empty(0, device=runner.device), persistent=False)
+    for name in ("save_pretrained", "push_to_hub"):  # of what torch holds they would make a model without layers
+        setattr(model, name, partial(_refuse, f"{name}: {folder} is the model; copy it, or load with engine='torch'"))
     return model.eval()
+
+
+def _refuse(words: str, *args: Any, **kwargs: Any) -> None:
+    raise ValueError(words)

@@ -176,6 +176,13 @@ def check_runs(runner: Runner, folder: Path) -> None:
         raise ValueError(f"engine {runner.name!r} can't run {folder}: {reason}; use engine 'torch'")
 
 
+def check_ids(ids_BL: Tensor, tokens: int) -> None:
+    """Raises `ValueError` for ids outside the vocabulary, before a cast to 32 bits could bring them inside."""
+    for wrong in (int(ids_BL.min()), int(ids_BL.max())):
+        if not 0 <= wrong < tokens:
+            raise ValueError(f"source id {wrong}: expected 0 to {tokens - 1}")
+
+
 class Stacks(Protocol):
     """What an engine's model takes: matrices and vectors by native name, all of them before `finish`."""
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dqbart.data.decoding import IMPLEMENTATION_SETTINGS, SAMPLING_SETTINGS
-from dqbart.engines.native import Runner, check_runs, open_native
+from dqbart.engines.native import Runner, check_ids, check_runs, open_native
 from dqbart.packed.verify import build_skeleton, read_config, read_generation_config, read_spec
 
 log = logging.getLogger("dqbart")
@@ -27,14 +27,18 @@ _SAME = (
     "length_penalty", "repetition_penalty", "do_sample", "temperature", "top_k", "top_p",
 )  # fmt: skip
 _RENAMED = {
-    "min_new_tokens": "min_new_tokens", "forced_bos_token_id": "forced_bos_token",
-    "forced_eos_token_id": "forced_eos_token", "bad_words_ids": "bad_words", "suppress_tokens": "suppress",
-    "begin_suppress_tokens": "begin_suppress",
+    "forced_bos_token_id": "forced_bos_token", "forced_eos_token_id": "forced_eos_token", "bad_words_ids": "bad_words",
+    "suppress_tokens": "suppress", "begin_suppress_tokens": "begin_suppress",
 }  # fmt: skip
-# Known too, or of no effect here.
-_OTHERS = IMPLEMENTATION_SETTINGS | frozenset(
-    "max_new_tokens bos_token_id pad_token_id eos_token_id decoder_start_token_id".split()
+_WHOLE = ("num_beams", "num_return_sequences", "max_length", "min_length", "no_repeat_ngram_size", "top_k")
+# Known too, or of no effect here; groups of beams would have one.
+_OTHERS = (IMPLEMENTATION_SETTINGS - {"num_beam_groups", "diversity_penalty"}) | frozenset(
+    "max_new_tokens min_new_tokens bos_token_id pad_token_id eos_token_id decoder_start_token_id".split()
 )
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
 class TextModel:
@@ -49,7 +53,7 @@ class TextModel:
     training = False
 
     def __init__(self, folder: str | Path, runner: Runner) -> None:
-        self.folder, self.runner = Path(folder), runner
+        self.folder, self.runner = Path(folder).resolve(), runner
         check_runs(runner, self.folder)
         config = read_config(self.folder)
         spec = read_spec(self.folder, config)
@@ -75,14 +79,32 @@ class TextModel:
     def generation_config(self) -> Any:
         return self._skeleton.generation_config
 
+    @generation_config.setter
+    def generation_config(self, settings: Any) -> None:
+        self._skeleton.generation_config = settings
+        if self._torch_model is not None:
+            self._torch_model.generation_config = settings
+
     @property
     def torch_model(self) -> Any:
-        """The same model in the torch engine."""
+        """The same model in the torch engine, with the same generation settings."""
         if self._torch_model is None:
             from dqbart.packed.checkpoint import load_packed
 
             self._torch_model = load_packed(self.folder, device=self.device)
+            self._torch_model.generation_config = self.generation_config
         return self._torch_model
+
+    def to(self, device: Any) -> "TextModel":
+        """Itself; raises `ValueError` for another device or a dtype."""
+        if isinstance(device, torch.dtype) or torch.device(device).type != self.device.type:
+            raise ValueError(f"to({device}): engine {self.runner.name} stays as it is; load with device= or engine=")
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "runner" not in self.__dict__:  # copy and pickle look for some
+            raise AttributeError(name)
+        raise AttributeError(f"{name!r}: engine {self.runner.name} has none; load with engine='torch'")
 
     def eval(self) -> "TextModel":
         return self
@@ -109,25 +131,41 @@ class TextModel:
         call = dict(kwargs)
         ids = call.pop("input_ids", inputs)
         mask, streamer, seed = call.pop("attention_mask", None), call.pop("streamer", None), call.pop("seed", None)
+        if ids is None and (other := {"inputs_embeds", "encoder_outputs"} & call.keys()):
+            return self._in_torch(f"the argument {min(other)!r}", inputs, generation_config, kwargs)
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or 0 in ids.shape:
             found = list(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
             raise ValueError(f"input_ids {found}: expected token ids [batch, length], neither of them 0")
+        check_ids(ids, self.config.vocab_size)
+        said = (call, vars(generation_config or object), vars(self.generation_config))
+        unsaid = [all(of.get(name) is None for of in said) for name in ("max_length", "min_length")]
         settings, rest = self._skeleton._prepare_generation_config(generation_config, **call)
         self._skeleton._prepare_special_tokens(settings, True, device=ids.device)
+        self._skeleton._prepare_generated_length(settings, *unsaid, "input_ids", 1, ids)
         mask = self._mask(ids, mask, settings)
         reason = self._unsupported(settings, rest, mask, streamer)
         if reason is not None:
-            if reason not in self._said:
-                self._said.add(reason)
-                log.warning("generate runs in the torch engine: engine %s does not know %s", self.runner.name, reason)
-            return self._in_torch(inputs, generation_config, kwargs)
-        return self._run(ids, mask, settings, call, streamer, seed)
+            return self._in_torch(reason, inputs, generation_config, kwargs)
+        return self._run(ids, mask, settings, streamer, seed)
 
-    def _in_torch(self, inputs: Any, generation_config: Any, call: dict[str, Any]) -> Any:
-        """transformers' own loop; tensors go to the device and what comes out goes where they came from."""
+    def _in_torch(self, reason: str, inputs: Any, generation_config: Any, call: dict[str, Any]) -> Any:
+        """transformers' own loop; tensors go to the device and ids come back to where they came from."""
+        self._say(f"generate runs in the torch engine: engine {self.runner.name} does not know {reason}")
         given = {"inputs": inputs} | call
-        moved = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
-        return self.torch_model.generate(generation_config=generation_config, **moved)
+        seed = given.pop("seed", None)
+        tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
+        given |= {name: x.to(self.device) for name, x in tensors.items()}
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            found = self.torch_model.generate(generation_config=generation_config, **given)
+        back = next((x.device for x in tensors.values()), self.device)
+        return found.to(back) if isinstance(found, torch.Tensor) else found
+
+    def _say(self, words: str) -> None:
+        if words not in self._said:
+            self._said.add(words)
+            log.warning(words)
 
     def _mask(self, ids: Any, mask: Any, settings: Any) -> Any:
         if mask is not None:
@@ -136,11 +174,9 @@ class TextModel:
                     f"attention_mask {list(mask.shape)}: expected the shape of input_ids, {list(ids.shape)}"
                 )
             return mask.bool()
-        pad = settings._pad_token_tensor
-        ends = settings._eos_token_tensor
-        if pad is None or not (ids == pad).any() or (ends is not None and (ends == pad).any()):
-            return torch.ones_like(ids, dtype=torch.bool)  # transformers guesses a mask by the same rule
-        return ids != pad
+        if settings._pad_token_tensor is not None and (ids == settings._pad_token_tensor).any():
+            self._say("input_ids have padding and there is no attention_mask: it is read as text, as by transformers")
+        return torch.ones_like(ids, dtype=torch.bool)
 
     def _unsupported(self, settings: Any, rest: dict[str, Any], mask: Any, streamer: Any) -> str | None:
         """What the native loop can't do of this call, in words."""
@@ -152,31 +188,41 @@ class TextModel:
             return "padding on the left or inside a source"
         if settings.do_sample and settings.num_beams > 1:
             return "sampling with beams"
-        if streamer is not None and (len(mask) > 1 or settings.num_beams > 1):
+        if streamer is not None and len(mask) * settings.num_beams * (settings.num_return_sequences or 1) > 1:
             return "a streamer for several texts or beams"
         if settings.decoder_start_token_id is None or isinstance(settings.decoder_start_token_id, list):
             return "a decoder start of its own per text"
-        if isinstance(settings.forced_eos_token_id, list):
-            return "several forced_eos_token_id"
+        for name in ("forced_bos_token_id", "forced_eos_token_id", *_WHOLE):
+            if type(value := getattr(settings, name, None)) not in (int, type(None)):
+                return f"{name} {value!r}"
+        for name in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"):
+            value = getattr(settings, name, None)
+            rows = value if name == "bad_words_ids" and isinstance(value, list) else [value]
+            if value is not None and not (rows and all(map(_are_ids, rows))):
+                return f"{name} {value!r}"
         ends = settings._eos_token_tensor
         if settings.num_beams > (most := self.runner.most_beams(0 if ends is None else ends.numel())):
             return f"more than {most} beams"
         defaults = type(settings)._get_default_generation_params()
         known = {*_SAME, *_RENAMED} | _OTHERS | (set() if settings.do_sample else SAMPLING_SETTINGS)
         for name, value in settings.to_dict().items():
-            if name not in known and not name.startswith("_") and value not in (None, defaults.get(name), False):
+            unset = value is None or value is False or value == defaults.get(name)
+            if name not in known and not name.startswith("_") and not unset:
                 return f"the setting {name!r}"
         return None
 
-    def _run(self, ids: Any, mask: Any, settings: Any, call: dict[str, Any], streamer: Any, seed: int | None) -> Any:
+    def _known(self, tokens: list[int]) -> list[int]:
+        return [token for token in tokens if 0 <= token < self.config.vocab_size]
+
+    def _run(self, ids: Any, mask: Any, settings: Any, streamer: Any, seed: int | None) -> Any:
         options = {name: value for name in _SAME if (value := getattr(settings, name, None)) is not None}
         options |= {
             ours: value for name, ours in _RENAMED.items() if (value := getattr(settings, name, None)) is not None
         }
         start = int(settings._decoder_start_token_tensor)
         ends = [] if settings._eos_token_tensor is None else settings._eos_token_tensor.reshape(-1).tolist()
-        if call.get("max_new_tokens", settings.max_new_tokens) is not None:
-            options["max_length"] = 1 + settings.max_new_tokens
+        ends = self._known(ends)  # -1 is a way to say: never
+        options |= {name: self._known(options[name]) for name in ("suppress", "begin_suppress") if name in options}
         if "bad_words" in options:  # as transformers: an end token can't be a bad word by itself
             options["bad_words"] = [word for word in options["bad_words"] if len(word) > 1 or word[0] not in ends]
         if options.get("do_sample"):

@@ -21,6 +21,9 @@ class GpuRunner:
     def __init__(self, device: torch.device | str = "cuda") -> None:
         self.device = torch.device(device)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self  # a model that nothing changes serves copies, too
+
     def reason(self) -> str | None:
         return gpu.reason(self.device)
 

@@ -59,6 +59,10 @@ class PackedMatrix(nn.Module):
         self.register_buffer("weight_scale", torch.ones(spec.scale_shape, dtype=torch.float32, device=device))
         self._operand: PreparedWeight | Tensor | None = None
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._operand = None  # was of the words before
+
     def expand(self) -> None:
         """Bring `weight` from the layout on disk to planar32. Called once, after loading."""
         if not self.expanded:

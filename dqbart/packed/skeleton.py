@@ -207,6 +207,8 @@ def stored_tensors(model: Any, skeleton: Any, spec: PackedSpec) -> dict[str, Ten
         module, _, leaf = name.rpartition(".")
         entry = spec.modules.get(module)
         if entry is None or leaf not in ("weight", "weight_scale"):
+            if name not in state:
+                raise ValueError(f"{name}: not in the model; one of a native engine has no layers, load with 'torch'")
             tensor = state[name].detach().to(dtype)
             if not tensor.isfinite().all():
                 raise ValueError(f"{name}: holds values that {dtype} can't; store floats as float32 or mend the model")

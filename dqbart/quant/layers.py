@@ -32,6 +32,10 @@ from dqbart.quant.sharing import require_tied
 SUPPORTED = ("bart", "mbart", "bert", "roberta", "xlm-roberta", "distilbert", "albert")
 
 
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version  # what inference mode makes has none
+
+
 class QuantizedWeight:
     """Codes of one weight matrix, recomputed when the matrix may have changed; tied modules share one.
 
@@ -69,14 +73,14 @@ class QuantizedWeight:
             self.clear()
             with torch.no_grad():
                 self._codes = self.quantizer.quantize(weight)
-            self._seen = weight.detach(), weight._version
+            self._seen = weight.detach(), _version(weight)
         return self._codes
 
     def _is_seen(self, weight: Tensor) -> bool:
         if self._seen is None:
             return False
         seen, version = self._seen
-        return seen.data_ptr() == weight.data_ptr() and version == weight._version
+        return seen.data_ptr() == weight.data_ptr() and version == _version(weight)
 
     def operand(self, weight: Tensor) -> PreparedWeight:
         """The codes in the form that the fast integer product wants."""

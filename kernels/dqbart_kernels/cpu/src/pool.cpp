@@ -1,6 +1,9 @@
 #include "pool.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <utility>
 
 #if !defined(_WIN32)
@@ -24,14 +27,24 @@ static inline void relax() {
 constexpr int kSpins = 4000;  // about 50 microseconds
 
 Pool::Pool(int threads) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+  try {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+  } catch (const std::system_error& error) {
+    const size_t started = workers_.size() + 1;  // the caller's, too
+    end();
+    throw std::runtime_error("only " + std::to_string(started) + " of " + std::to_string(threads) +
+                             " threads could be started (" + error.what() + "): load with fewer threads");
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { end(); }
+
+void Pool::end() {
   stop_ = true;
   { std::lock_guard<std::mutex> lock(mutex_); }
   wake_.notify_all();
   for (auto& worker : workers_) worker.join();
+  workers_.clear();
 }
 
 void Pool::start(int count, Call call, const void* task) {

@@ -38,6 +38,7 @@ class Pool {
 
   void start(int count, Call call, const void* task);
   void take();
+  void end();
   void work();
   bool idle() const { return static_cast<uint32_t>(state_.load()) == 0 && !stop_.load(); }
 

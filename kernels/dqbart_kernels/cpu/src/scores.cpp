@@ -192,6 +192,7 @@ int32_t sample(const float* x, int n, const Options& o, uint64_t& state) {
   std::vector<Candidate> kept;
   for (int i = 0; i < n; ++i)
     if (x[i] > kMinusInfinity) kept.push_back({x[i] / o.temperature, i});
+  if (kept.empty()) throw std::invalid_argument("every token is suppressed: nothing is left to sample");
   const bool cut_k = o.top_k > 0 && o.top_k < static_cast<int>(kept.size());
   if (cut_k) {
     std::nth_element(kept.begin(), kept.begin() + (o.top_k - 1), kept.end(), better);
