@@ -85,9 +85,9 @@ def bits_table(rows: list[Row]) -> str:
 
 
 def best(rows: list[Row], task: str, shape: str) -> str | None:
-    """The method with the highest mean on a task, of those whose students have this shape."""
+    """The method with the highest mean on a task's validation set, of those whose students have this shape."""
     own = _of(rows, part="task", task=task, shape=shape)
-    means = {name: statistics.fmean(row["score"] for row in own if row["method"] == name)
+    means = {name: statistics.fmean(row["validation"] for row in own if row["method"] == name)
              for name in dict.fromkeys(row["method"] for row in own)}  # fmt: skip
     return max(means, key=means.__getitem__, default=None)
 

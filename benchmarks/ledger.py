@@ -13,11 +13,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dqbart.evaluation.environment import environment
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp", "i8mm")
@@ -31,9 +37,12 @@ class Ledger:
 
     def __init__(self, path: str | Path, keys: Iterable[str]) -> None:
         self.path, self.keys = Path(path), tuple(keys)
+        self._own: dict[str, Any] | None = None  # this process, as `runs` has it
+        self._read()
+
+    def _read(self) -> None:
         self.runs: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
-        self._run: int | None = None
         if self.path.exists():
             try:
                 content = json.loads(self.path.read_text(encoding="utf-8"))
@@ -50,18 +59,23 @@ class Ledger:
         return next((row for row in self.rows if all(row.get(k) == v for k, v in key.items())), None)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Store `row` in place of one with the same key; the file is complete after every call."""
+        """Store `row` in place of one with the same key; the file is whole after every call, and may be shared."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path.parent):
+            self._read()  # what others have added
+            self._store(row)
+
+    def _store(self, row: dict[str, Any]) -> None:
         old = self.find(**{key: row[key] for key in self.keys})
-        if self._run is None:
-            self.runs.append(describe_run())
-            self._run = len(self.runs) - 1
-        row = row | {"run": self._run}
+        self._own = self._own or describe_run()
+        if self._own not in self.runs:
+            self.runs.append(self._own)
+        row = row | {"run": self.runs.index(self._own)}
         if old is None:
             self.rows.append(row)
         else:
             self.rows[self.rows.index(old)] = row
         self._drop_unused_runs()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(self.path.name + ".partial")
         lines = {name: ",\n".join("  " + json.dumps(item) for item in getattr(self, name)) for name in ("runs", "rows")}
         partial.write_text(
@@ -70,11 +84,24 @@ class Ledger:
         os.replace(partial, self.path)
 
     def _drop_unused_runs(self) -> None:
-        used = sorted({row["run"] for row in self.rows} | {self._run or 0})
+        used = sorted({row["run"] for row in self.rows})
         place = {old: new for new, old in enumerate(used)}
         self.runs = [self.runs[old] for old in used]
         self.rows = [row | {"run": place[row["run"]]} for row in self.rows]
-        self._run = place.get(self._run) if self._run is not None else None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time, where the system has such locks."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _without_place(argument: str) -> str:

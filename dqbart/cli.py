@@ -134,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--threads", type=int, help="as torch would use")
     verb.add_argument("--rounds", type=int, default=5)
     verb.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    verb.add_argument("--save", action="store_true", help="put it into the folder's report.json and model card")
     verb.set_defaults(run=run_bench)
 
     verb = verbs.add_parser("warmup", help="compile the GPU's kernels for a folder, so that no request waits for it")
@@ -268,7 +269,7 @@ def run_verify(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_bench(args: argparse.Namespace) -> dict[str, Any]:
-    from dqbart.evaluation.bench import bench, lines
+    from dqbart.evaluation.bench import bench, lines, save
 
     found = bench(
         args.model, against=args.against, source_length=args.source_length, new_tokens=args.new_tokens,
@@ -277,6 +278,8 @@ def run_bench(args: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     for line in lines(found):
         print(line)
+    if args.save:
+        save(args.model, found)
     return {"model": args.model} | found
 
 
@@ -333,7 +336,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             logging.disable_progress_bar()
         answer = args.run(args)
     except KeyboardInterrupt:
-        print("dqbart: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        goes_on = "; the same command goes on from the last checkpoint" if args.verb in ("compress", "demo") else ""
+        print(f"dqbart: stopped{goes_on}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, MemoryError) as error:
         print(f"dqbart: error: {' '.join(str(error).split())}", file=sys.stderr)

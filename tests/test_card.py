@@ -4,6 +4,7 @@ import ast
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from tiny_models import tiny_seq2seq
 from transformers import MBartTokenizer
 
 import dqbart
+from dqbart.cli import main
 from dqbart.evaluation import card
 from dqbart.pipeline import Result
 
@@ -108,6 +110,34 @@ def test_without_scores_nothing_is_claimed(translator: Result) -> None:
 def test_the_language_is_the_one_that_was_given(scored: Result, tmp_path: Path) -> None:
     recipe = scored.report["recipe"] | {"language": "zh"}
     assert written(changed(scored.report, recipe=recipe), tmp_path).data.language == ["zh"]
+    for given in ({"language": "pt-BR"}, {"source_lang": "pt_XX", "target_lang": "pt_XX"}):
+        one = written(changed(scored.report, recipe=scored.report["recipe"] | given), tmp_path)
+        assert one.data.language == ["pt"]
+
+
+def test_only_what_had_a_teacher_is_tagged_as_distilled(scored: Result, translator: Result, tmp_path: Path) -> None:
+    assert "distillation" in written(scored.report, tmp_path).data.tags
+    recipe = scored.report["recipe"] | {"method": "finetune"}
+    for report in (translator.report, changed(scored.report, recipe=recipe)):
+        assert "distillation" not in written(report, tmp_path).data.tags
+
+
+def test_measured_speed_is_put_into_the_folder(translator: Result, tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "small"
+    shutil.copytree(translator.folder, folder)
+    card_before = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card_before.replace("## Limits", "My own words.\n\n## Limits"))
+    command = ["bench", str(folder), "--source-length", "8", "--new-tokens", "2", "--rounds", "1", "--beams", "1"]
+    assert main([*command, "--save"]) == 0
+    report = json.loads((folder / "report.json").read_text())
+    assert {row["system"] for row in report["speed"]["rows"]} >= {"dqbart-torch"}
+    text = (folder / "README.md").read_text()
+    assert "| dqbart-torch" in text and "Not measured" not in text and "My own words." in text
+    assert text.index("## Speed") < text.index("| dqbart-torch") < text.index("## How it was made")
+    assert ModelCard.load(folder / "README.md").data == ModelCard.load(translator.folder / "README.md").data
+    (folder / "report.json").unlink()
+    assert main([*command, "--save"]) == 2
+    assert "report.json: no such file; expected a folder that 'dqbart compress' wrote" in capsys.readouterr().err
 
 
 def test_the_configuration_of_a_data_set_is_no_part_of_its_name(scored: Result, tmp_path: Path) -> None:

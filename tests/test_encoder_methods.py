@@ -183,7 +183,7 @@ def rows_of(scores: dict[str, list[float]], **more: object) -> list[dict[str, ob
     same: dict[str, object] = dict(
         study="a study", part="task", shape="4 x 128", task="clinc150", bits="32-32-32", minutes=2.0, file_bytes=2**20,
     )  # fmt: skip
-    return [same | {"method": name, "seed": seed, "score": score} | more
+    return [same | {"method": name, "seed": seed, "score": score, "validation": score} | more
             for name, found in scores.items() for seed, score in enumerate(found, 1)]  # fmt: skip
 
 
@@ -225,6 +225,7 @@ def test_tables_of_little_and_of_two_studies() -> None:
 
 def test_the_best_method_is_that_of_the_mean() -> None:
     rows = rows_of({"minilm": [80.0, 90.0], "scratch": [86.0, 86.0]}) + rows_of({"teacher": [99.0]}, shape="12 x 192")
+    rows[0]["score"] = 100.0  # on test, which chooses nothing
     rows += [text_row("4 x 128", "scratch", 20.0)]  # which has no task
     assert best(rows, "clinc150", "4 x 128") == "scratch"  # type: ignore[arg-type]
     assert best(rows, "blimp", "4 x 128") is None  # type: ignore[arg-type]

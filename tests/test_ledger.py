@@ -3,13 +3,14 @@
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
 from ledger import Ledger, describe_run, markdown, resumable
 
 
-def test_rows_are_found_again_and_replaced(tmp_path):
+def test_rows_are_found_again_and_replaced(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "x.json"
     ledger = Ledger(path, ["bits", "layers"])
     ledger.add({"bits": "2-2-8", "layers": "6-3", "score": 1.0})
@@ -17,6 +18,7 @@ def test_rows_are_found_again_and_replaced(tmp_path):
     again = Ledger(path, ["bits", "layers"])
     assert again.find(bits="2-2-8", layers="6-3")["score"] == 1.0
     assert again.find(bits="2-2-8", layers="6-6") is None
+    monkeypatch.setattr(sys, "argv", ["x.py", "--another", "run"])
     again.add({"bits": "2-2-8", "layers": "6-3", "score": 3.0})
     final = Ledger(path, ["bits", "layers"])
     assert [row["score"] for row in final.rows] == [3.0, 2.0]
@@ -30,6 +32,16 @@ def test_a_run_that_made_no_row_that_is_left_is_dropped(tmp_path):
         Ledger(path, ["bits"]).add({"bits": "8-8-8", "score": score})
     content = json.loads(path.read_text())
     assert len(content["runs"]) == 1 and content["rows"][0] == {"bits": "8-8-8", "score": 2, "run": 0}
+
+
+def test_two_processes_lose_no_rows(tmp_path):
+    one, two = (Ledger(tmp_path / "x.json", ["bits"]) for _ in range(2))
+    one.add({"bits": "8-8-8"})
+    two.add({"bits": "4-4-8"})
+    one.add({"bits": "2-2-8"})
+    two.add({"bits": "8-8-8", "score": 1})
+    found = Ledger(tmp_path / "x.json", ["bits"]).rows
+    assert [(row["bits"], row.get("score")) for row in found] == [("8-8-8", 1), ("4-4-8", None), ("2-2-8", None)]
 
 
 def test_an_incomplete_key_is_refused(tmp_path):

@@ -307,7 +307,9 @@ def test_masked_words_are_guessed_without_whole_logits(kind: str) -> None:
     rows.append({"input_ids": [6, 7], "attention_mask": [1, 1], "labels": [-100, -100]})  # nothing to guess
     seen: list[int] = []
     hook = model.get_output_embeddings().register_forward_hook(lambda m, i, out: seen.append(out[..., 0].numel()))
-    best_M, labels_M = predict_masked(model, rows, BlockCollator(1), batch_size=4, progress=False)
+    found = predict_masked(model, rows, BlockCollator(1), batch_size=4, progress=False)
+    assert len(found) == len(rows)
+    best_M, labels_M = np.concatenate(found, axis=1)
     hook.remove()
     assert sum(seen) == len(best_M) == sum(-(-(length - 1) // 3) for length in lengths) and model.training
     model.eval()

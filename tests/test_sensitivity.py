@@ -125,6 +125,7 @@ def test_the_spoilt_layer_is_found() -> None:
     rows = measure(teacher, recipe("8-8-32"))
     assert max(rows, key=lambda part: rows[part]["kl"]) == "encoder.2"
     modules = measure(teacher, recipe("8-8-32"), per="module")
+    assert not any("norm" in name or "activation" in name for name in modules)
     assert max(modules, key=lambda part: modules[part]["kl"]) in ("encoder.2.fc1", "encoder.2.fc2")
 
 

@@ -8,10 +8,10 @@
 - `word`: whole words, all their tokens or none.
 - `ngram`: runs of one to three whole words, with probabilities 6/11, 3/11 and 2/11 (ALBERT, p(n) ~ 1/n).
 
-Masks are dynamic, new in every epoch; fixed ones let a model see the same few holes again and again. The share is exact
-in the mean: a row's number of chosen tokens is rounded up or down by chance, where rounding to the nearest would give
-rows of 10 tokens 20 % and rows of 9 tokens 11 %. A rate of 0 hides nothing and gives no labels: TinyBERT's general
-stage.
+Masks are dynamic, new in every epoch; fixed ones let a model see the same few holes again and again. The share of
+single tokens is exact in the mean (of whole words a little less, where one more would be too much): a row's number of
+chosen tokens is rounded up or down by chance, where rounding to the nearest would give rows of 10 tokens 20 % and rows
+of 9 tokens 11 %. A rate of 0 hides nothing and gives no labels: TinyBERT's general stage.
 """
 
 from collections.abc import Sequence

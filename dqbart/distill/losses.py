@@ -1,8 +1,9 @@
 """Distillation losses as pure functions: tensors in, one scalar out, in fp32.
 
-Two kinds. The masked ones are ours: each is a mean over real (not padding) positions, so neither padding nor batch
-size changes it. The `paper_` ones are released arithmetic, DQ-BART's unless said: means over everything, padding
-included. Shapes: B batch, L positions, Q queries, K keys, H heads, D width, V vocabulary.
+Two kinds. The masked ones are ours: each is a mean over a batch's real (not padding) positions, so that padding changes
+nothing; accumulated batches count alike, whatever their tokens. The `paper_` ones are released arithmetic, DQ-BART's
+unless said: means over everything, padding included. Shapes: B batch, L positions, Q queries, K keys, H heads, D width,
+V vocabulary.
 """
 
 import torch

@@ -7,6 +7,7 @@ not transformers: the snippet that the hub would show for transformers does not 
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,14 @@ def write(folder: Path, report: dict[str, Any], base_model: str | None, called: 
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
+def rewrite_speed(folder: Path, report: dict[str, Any]) -> None:
+    """The speed section anew, where the card still has one; the rest may be the user's by now."""
+    file = folder / "README.md"
+    before = file.read_text(encoding="utf-8") if file.is_file() else ""
+    section = re.compile(r"(?<=^## Speed\n\n).*?(?=^## )", re.DOTALL | re.MULTILINE)
+    file.write_text(section.sub(lambda _: _speed(report) + "\n\n", before, count=1), encoding="utf-8")
+
+
 def _title(report: dict[str, Any], name: str) -> str:
     recipe = report["recipe"]
     how = f"{recipe['bits']} bits" if _quantized(report) else f"method {recipe['method']}"
@@ -82,8 +91,10 @@ def metadata(report: dict[str, Any], on_hub: str | None, called: str) -> str:
 
     quantized = _quantized(report)
     recipe, scores, data = report["recipe"], report.get("scores"), report.get("data") or {}
+    taught = "training" in report["seconds"] and recipe["method"] != "finetune"
     codes = [recipe["source_lang"], recipe["target_lang"]]
-    languages = [code.split("_")[0] for code in codes if code] or [code for code in [recipe["language"]] if code]
+    languages = [re.split("[-_]", code)[0] for code in codes if code] or [recipe["language"]]
+    languages = list(dict.fromkeys(re.split("[-_]", code)[0] for code in languages if code))
     data_set, _, configuration = data.get("name", "").partition(":")
     if recipe["task"] in TAGS:
         task = TAGS[recipe["task"]]
@@ -109,7 +120,7 @@ def metadata(report: dict[str, Any], on_hub: str | None, called: str) -> str:
         language=languages or None,
         datasets=[data_set] if data.get("on_hub") else None,
         metrics=list(dict.fromkeys(r.metric_type for r in results)) or None,
-        tags=["dqbart", *(["quantized"] if quantized else []), "distillation"],
+        tags=["dqbart", *(["quantized"] if quantized else []), *(["distillation"] if taught else [])],
         model_name=called if results else None,
         eval_results=results or None,
     )
@@ -225,7 +236,7 @@ def _speed(report: dict[str, Any]) -> str:
     """A table of report.json's `speed`: `rows` as in benchmarks/latency.py, `environment` of the machine."""
     speed = report.get("speed")
     if not speed:
-        return "Not measured: `dqbart bench` does, on your machine."
+        return "Not measured: `dqbart bench --save` does, on your machine."
     rows = [
         [f"{row['system']} {row['bits'] or ''}".strip(), row["layers"], row["mode"],
          *(str(row[key]) for key in ("source", "batch", "threads")),

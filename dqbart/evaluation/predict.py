@@ -44,8 +44,8 @@ def predict_logits(
 
 def predict_masked(
     model: Any, encoded: Any, collator: Collate, batch_size: int = 32, *, progress: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """Best token and label at every masked position `[M]`, of a masked language model; example by example.
+) -> list[np.ndarray]:
+    """Best token and label at every masked position `[2, M]` of each example, of a masked language model.
 
     `encoded`: items with `labels`, -100 where nothing is masked. Its head sees the masked positions alone: of 32 texts
     of 512 tokens, XLM-R's logits would be 16 GB. Modes and errors as with `predict_logits`.
@@ -71,8 +71,7 @@ def predict_masked(
                 found[index] = pairs
     finally:
         hook.remove()
-    best_M, labels_M = np.concatenate(found, axis=1)
-    return best_M, labels_M
+    return found
 
 
 def predict_spans(

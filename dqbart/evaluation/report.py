@@ -45,11 +45,16 @@ def read_models(paths: Iterable[str | Path]) -> list[Model]:
                 f"{path}: no report.json in it or in a folder of it; expected what 'dqbart compress --out' wrote"
             )
         found |= {folder.resolve(): folder for folder in here}
-    names = [folder.name for folder in found]
-    return [
-        _read(folder / "report.json", f"{resolved.parent.name}/" * (names.count(resolved.name) > 1) + resolved.name)
-        for resolved, folder in found.items()
-    ]
+    return [_read(folder / "report.json", _name(resolved, found)) for resolved, folder in found.items()]
+
+
+def _name(folder: Path, others: Iterable[Path]) -> str:
+    """The end of a path, as long as it must be to be no other's."""
+    for length in range(1, len(folder.parts)):
+        name = folder.parts[-length:]
+        if sum(other.parts[-length:] == name for other in others) == 1:
+            break
+    return "/".join(name)
 
 
 def _read(file: Path, name: str) -> Model:
@@ -202,7 +207,7 @@ def build(models: Sequence[Model]) -> Page:
     machine = machine_text(speed["environment"]) if speed["environment"] else ""
     how_scores = "No scores in report.json: give `dqbart compress` data with targets, such as `--dev-data dev.jsonl`."
     how_speed = (
-        "No `speed` in report.json: `dqbart bench DIR --against TEACHER` times it on this machine, `python "
+        "No `speed` in report.json: `dqbart bench DIR --against TEACHER --save` times it on this machine, `python "
         "benchmarks/latency.py` beside other engines."
     )
     named = len(models) > 1

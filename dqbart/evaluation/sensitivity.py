@@ -51,6 +51,8 @@ class Switch:
         self.parts: dict[str, list[tuple[nn.Module, str, Any, Any]]] = {}
         for name, module in self.model.named_modules():
             numerics = getattr(module, "attention_numerics", None)
+            if per == "module" and numerics is None and not hasattr(module, "quantized_weight"):
+                continue  # a norm or an activation, which has no bits
             for change in (
                 ("__class__", classes[name], type(module)), ("attention_numerics", None, numerics)
             ):  # fmt: skip

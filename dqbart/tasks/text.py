@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dqbart.data.blocks import EncodedBlocks, encode_blocks, encode_pairs_of_segments
 from dqbart.data.masking import BlockCollator, MaskedItems, Masker
 from dqbart.data.plain import PlainTexts, read_texts
 from dqbart.data.sentence_order import SentenceOrder
 from dqbart.data.splits import data_name
-from dqbart.evaluation.metrics import Score, resampled_interval
+from dqbart.evaluation.metrics import Score, bootstrap_interval
 from dqbart.evaluation.predict import predict_masked
 from dqbart.recipe import Recipe
 from dqbart.tasks import PROBES, Outcome, Task
@@ -71,12 +73,18 @@ class PlainText(Task):
         blocks = encode_blocks(self.tokenizer, examples.documents, self.recipe.max_source_length, progress=False)
         rate = self.recipe.mask_rate or 0.15
         items = MaskedItems(blocks, Masker(self.tokenizer, rate), seed=28)
-        found_M, wanted_M = predict_masked(model, items, self.collator, self.recipe.eval_batch_size)
-        hits_M = 100.0 * (found_M == wanted_M)
-        low, high = resampled_interval(len(hits_M), lambda drawn_N: hits_M[drawn_N].mean())
-        definition = f"share of masked tokens guessed right, x 100; {100 * rate:g} % masked"
-        values, intervals = {"accuracy": float(hits_M.mean())}, {"accuracy": [low, high]}
-        return Outcome(Score("accuracy", values, intervals, len(hits_M), "", definition, {}), [])
+        pairs_N = predict_masked(model, items, self.collator, self.recipe.eval_batch_size)
+        hits_N2 = np.array([[(found_M == wanted_M).sum(), len(wanted_M)] for found_M, wanted_M in pairs_N])
+
+        if not hits_N2[:, 1].any():
+            raise ValueError("no token was masked: nothing to score; expected longer texts, or a higher mask_rate")
+
+        def share(sums_2: np.ndarray) -> float:
+            return float(100 * sums_2[0] / max(1, sums_2[1]))
+
+        definition = f"share of masked tokens guessed right, x 100; {100 * rate:g} % masked; texts resampled"
+        values, interval = {"accuracy": share(hits_N2.sum(0))}, [*bootstrap_interval(hits_N2, share)]
+        return Outcome(Score("accuracy", values, {"accuracy": interval}, len(hits_N2), "", definition, {}), [])
 
     def probe(self, model: Any, examples: PlainTexts | None) -> dict[str, Any]:
         if examples is None:
