@@ -38,7 +38,7 @@ from typing import TypeVar
 from latency_figures import agreement, ratio
 from latency_models import SHAPES, Models, inputs
 from latency_tables import BEAMS, REFERENCE, Row, number, table
-from ledger import RESULTS, Ledger, resumable
+from ledger import RESULTS, Ledger, device_name, resumable
 from peers import CACHE, ENVS, Child, PeerFailed, System, systems
 
 KEYS = ("device", "shape", "layers", "system", "bits", "mode", "source", "batch", "threads")
@@ -244,8 +244,8 @@ def fill_case(ledger: Ledger, args: argparse.Namespace, chosen: list[System], te
     """Rows of one case, if any is missing; yields a line for the reader."""
 
     def key(system: System) -> Row:
-        values = (args.device, team.shape, team.layers, system.name, system.bits, case.mode, case.source, case.batch,
-                  team.threads)  # fmt: skip
+        values = (device_name(args.device), team.shape, team.layers, system.name, system.bits, case.mode, case.source,
+                  case.batch, team.threads)  # fmt: skip
         return dict(zip(KEYS, values, strict=True))
 
     def settled(*some: System) -> bool:

@@ -33,7 +33,7 @@ from latency import EXACT_PEERS, Case, Team, check, shared_arguments, take_turns
 from latency_figures import ORACLE, agreement, ratio
 from latency_models import SHAPES, Models
 from latency_tables import REFERENCE, Row, number, spread
-from ledger import RESULTS, Ledger, markdown, resumable
+from ledger import RESULTS, Ledger, device_name, markdown, resumable
 from peers import System, systems
 
 KEYS = ("device", "base", "shape", "system", "bits", "source", "batch", "threads")
@@ -101,7 +101,8 @@ def fill_case(
     system = wanted[-1][1]
 
     def key(name: str) -> Row:
-        values = (args.device, args.base, name, system.name, system.bits, case.source, case.batch, teams[name].threads)
+        values = (device_name(args.device), args.base, name, system.name, system.bits, case.source, case.batch,
+                  teams[name].threads)  # fmt: skip
         return dict(zip(KEYS, values, strict=True))
 
     found = [ledger.find(**key(name)) for name in teams]

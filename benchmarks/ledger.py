@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from dqbart.evaluation.environment import environment
 
@@ -67,7 +68,7 @@ class Ledger:
 
     def _store(self, row: dict[str, Any]) -> None:
         old = self.find(**{key: row[key] for key in self.keys})
-        self._own = self._own or describe_run()
+        self._own = self._own or describe_run() | {"id": uuid4().hex[:8]}  # told from the same command's other runs
         if self._own not in self.runs:
             self.runs.append(self._own)
         row = row | {"run": self.runs.index(self._own)}
@@ -102,6 +103,13 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@functools.cache
+def device_name(device: str) -> str:
+    """What a time was measured on, for a row's key: "cpu" or "cuda" by name, so that another machine measures anew."""
+    machine = environment()
+    return str(machine["gpu"] if device == "cuda" else f"{machine['processor']} ({machine['instructions']})")
 
 
 def _without_place(argument: str) -> str:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ledger import RESULTS, Ledger, markdown, resumable
+from ledger import RESULTS, Ledger, device_name, markdown, resumable
 from products import KERNELS, SHAPES, Kernel, Shape, error_of, random_activations, random_codes
 
 if TYPE_CHECKING:
@@ -368,7 +368,7 @@ def measure_all(ledger: Ledger, args: argparse.Namespace) -> int:
         raise ValueError(f"kernel {min(unknown)!r}: expected one of {', '.join(map(repr, names))}")
     if device.type == "cuda" and machine["gpu"] is None:
         raise ValueError("device 'cuda': torch sees no GPU here; expected cpu, or a driver and torch built for CUDA")
-    name = machine["gpu"] if device.type == "cuda" else f"{machine['processor']} ({machine['instructions']})"
+    name = device_name(device.type)
     wrong = 0
     for count in [1] if device.type == "cuda" else threads:
         torch.set_num_threads(count)

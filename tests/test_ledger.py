@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import sys
 import time
 
 import pytest
 from ledger import Ledger, describe_run, markdown, resumable
 
 
-def test_rows_are_found_again_and_replaced(tmp_path, monkeypatch):
+def test_rows_are_found_again_and_replaced(tmp_path):
     path = tmp_path / "deep" / "x.json"
     ledger = Ledger(path, ["bits", "layers"])
     ledger.add({"bits": "2-2-8", "layers": "6-3", "score": 1.0})
@@ -18,7 +17,6 @@ def test_rows_are_found_again_and_replaced(tmp_path, monkeypatch):
     again = Ledger(path, ["bits", "layers"])
     assert again.find(bits="2-2-8", layers="6-3")["score"] == 1.0
     assert again.find(bits="2-2-8", layers="6-6") is None
-    monkeypatch.setattr(sys, "argv", ["x.py", "--another", "run"])
     again.add({"bits": "2-2-8", "layers": "6-3", "score": 3.0})
     final = Ledger(path, ["bits", "layers"])
     assert [row["score"] for row in final.rows] == [3.0, 2.0]
