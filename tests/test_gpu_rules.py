@@ -29,8 +29,6 @@ def wanted(scores: torch.Tensor, said: torch.Tensor, **rules: Any) -> torch.Tens
         chain.append(processors.NoBadWordsLogitsProcessor(rules["bad_words_ids"], [END]))
     if "min_length" in rules:
         chain.append(processors.MinLengthLogitsProcessor(rules["min_length"], [END]))
-    if "min_new_tokens" in rules:
-        chain.append(processors.MinNewTokensLengthLogitsProcessor(1, rules["min_new_tokens"], [END]))
     if "suppress_tokens" in rules:
         chain.append(processors.SuppressTokensLogitsProcessor(rules["suppress_tokens"]))
     if "begin_suppress_tokens" in rules:
@@ -45,7 +43,7 @@ def wanted(scores: torch.Tensor, said: torch.Tensor, **rules: Any) -> torch.Tens
 
 
 CASES: list[dict[str, Any]] = [
-    {"min_length": 5}, {"min_new_tokens": 4}, {"suppress_tokens": [0, 5, 699], "begin_suppress_tokens": [7, 8]},
+    {"min_length": 5}, {"suppress_tokens": [0, 5, 699], "begin_suppress_tokens": [7, 8]},
     {"repetition_penalty": 1.7}, {"repetition_penalty": 0.6}, {"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 2},
     {"no_repeat_ngram_size": 3, "repetition_penalty": 2.0, "min_length": 4},
     {"bad_words_ids": [[9], [3, 4], [4, 3, 4], [3, 3, 3, 3, 3, 3]], "suppress_tokens": [3]},
@@ -70,8 +68,8 @@ def test_scores(rules: dict[str, Any], normalize: bool, length: int) -> None:
     logits[0, 3] = -torch.inf
     want = wanted(logits.log_softmax(1) if normalize else logits.clone(), said, **rules)
     ours = {name.removesuffix("_token_id").removesuffix("_tokens").removesuffix("_ids"): x for name, x in rules.items()}
-    ours = {{"forced_bos": "forced_bos_token", "forced_eos": "forced_eos_token", "min_new": "min_new_tokens"}
-            .get(name, name): x for name, x in ours.items()}  # fmt: skip
+    ours = {{"forced_bos": "forced_bos_token", "forced_eos": "forced_eos_token"}.get(name, name): x
+            for name, x in ours.items()}  # fmt: skip
     asked = Rules.of(V, DEVICE, max_length=10, eos=[END], **ours)
     assert asked is not None
     found = logits.to(DEVICE)

@@ -31,8 +31,8 @@ class _Options(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int32)
         for name in (
-            "num_beams", "num_return_sequences", "max_length", "min_length", "min_new_tokens", "no_repeat_ngram_size",
-            "early_stopping", "do_sample", "top_k", "start_token", "forced_bos_token", "forced_eos_token",
+            "num_beams", "num_return_sequences", "max_length", "min_length", "no_repeat_ngram_size", "early_stopping",
+            "do_sample", "top_k", "start_token", "forced_bos_token", "forced_eos_token",
             "begin_suppress_at",
         )
     ] + [
@@ -202,7 +202,6 @@ class Model:
         num_beams: int = 1,
         num_return_sequences: int = 1,
         min_length: int = 0,
-        min_new_tokens: int = 0,
         no_repeat_ngram_size: int = 0,
         early_stopping: bool | str = False,
         length_penalty: float = 1.0,
@@ -226,7 +225,7 @@ class Model:
         """
         tokens, starts = self._sources(sources, threads)
         options = _Options(
-            num_beams, num_return_sequences, max_length, min_length, min_new_tokens, no_repeat_ngram_size,
+            num_beams, num_return_sequences, max_length, min_length, no_repeat_ngram_size,
             EARLY_STOPPING[early_stopping], do_sample, top_k, start_token,
             -1 if forced_bos_token is None else forced_bos_token, -1 if forced_eos_token is None else forced_eos_token,
             1 if forced_bos_token is None else 2, length_penalty, repetition_penalty, temperature, top_p, seed,

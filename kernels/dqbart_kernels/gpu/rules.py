@@ -42,7 +42,6 @@ class Rules:
         max_length: int,
         eos: Sequence[int] = (),
         min_length: int = 0,
-        min_new_tokens: int = 0,
         no_repeat_ngram_size: int = 0,
         repetition_penalty: float = 1.0,
         forced_bos_token: int | None = None,
@@ -60,10 +59,9 @@ class Rules:
         for token in (*eos, *suppress, *begin_suppress, *sum(words, []), *(max(0, token) for token in forced)):
             if not 0 <= token < vocabulary:
                 raise ValueError(f"listed id {token}: expected 0 to {vocabulary - 1}")
-        shortest = max(min_length, min_new_tokens + 1 if min_new_tokens else 0)
         for tokens, bit in (
             ((*suppress, *(word[0] for word in words if len(word) == 1)), NEVER),
-            (eos if shortest > 1 else (), TOO_SHORT),
+            (eos if min_length > 1 else (), TOO_SHORT),
             (begin_suppress, AT_BEGINNING),
         ):
             classes[list(tokens)] |= bit.value
@@ -74,7 +72,7 @@ class Rules:
         rows = torch.full((triton.next_power_of_2(max(1, len(words))), max(map(len, words), default=1)), -1)
         for row, word in zip(rows, words, strict=False):
             row[: len(word)] = torch.tensor(word)
-        numbers = [shortest, 1 if forced_bos_token is None else 2, *forced, max_length, no_repeat_ngram_size]
+        numbers = [min_length, 1 if forced_bos_token is None else 2, *forced, max_length, no_repeat_ngram_size]
         return cls(
             classes.to(device), torch.tensor(numbers, dtype=torch.int32, device=device),
             torch.tensor([repetition_penalty], dtype=torch.float32, device=device), rows.int().to(device), looks_back,

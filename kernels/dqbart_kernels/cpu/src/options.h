@@ -8,7 +8,7 @@ namespace dq {
 enum EarlyStopping : int32_t { kHeuristic = 0, kWhenFull = 1, kNever = 2 };
 
 struct Options {
-  int32_t num_beams, num_return_sequences, max_length, min_length, min_new_tokens;  // lengths count the start token
+  int32_t num_beams, num_return_sequences, max_length, min_length;  // lengths count the start token
   int32_t no_repeat_ngram_size, early_stopping, do_sample, top_k;
   int32_t start_token, forced_bos_token, forced_eos_token;  // forced: -1 for none
   int32_t begin_suppress_at;                                // length at which begin_suppress_tokens holds
