@@ -25,6 +25,7 @@ LEVELS = [
     {"teacher"},
     {"student", "data", "packed"},
     {"quant"},
+    {"fitting"},
     {"recipe"},
     {"methods", "notation", "architectures"},
     {"dqbart_kernels"},

@@ -315,7 +315,8 @@ def test_refuses_configs_that_build_something_else(folder: Path, field: str, val
     ("text", "words"),
     [
         ("{", "generation_config.json: not valid JSON"),
-        ("[]", "generation_config.json: expected an object, found list"),
+        ("[" * 100_000, "generation_config.json: JSON is nested too deeply"),
+        ("[]", "generation_config.json: expected a JSON dict, found list"),
         ('{"decoder_start_token_id": 2147483648}', "decoder_start_token_id 2147483648: not a value that generate"),
         ('{"bad_words_ids": [[3], [-1]]}', "bad_words_ids"),
         ('{"num_beams": "4"}', "num_beams '4'"),

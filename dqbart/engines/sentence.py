@@ -6,7 +6,6 @@ library's `SentenceTransformer`, so that what calls its `encode` and `similarity
 Rejected: a subclass of it, for a dependency of its size.
 """
 
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from dqbart.architectures import first_position
 from dqbart.data.batches import Collator, encode_pairs, progress_bar
+from dqbart.packed.json_file import read_json
 from dqbart.packed.sentence import MODULES, Pooling, pool, read_pooling
 
 
@@ -180,11 +180,7 @@ def _is_packed(folder: Path) -> bool:
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no config.json in it; expected a checkpoint")
-    try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
-    return isinstance(config, dict) and config.get("quantization_config") is not None
+    return read_json(file, dict).get("quantization_config") is not None
 
 
 def _checked(texts: Iterable[str]) -> list[str]:

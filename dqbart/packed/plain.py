@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dqbart.packed.json_file import read_json
 from dqbart.quant.narrow import FIELD, narrow
 from dqbart.quant.sharing import share_again
 
@@ -32,7 +33,7 @@ def is_plain(folder: str | Path) -> bool:
     if not (folder / "recipe.yaml").is_file() or not (folder / "config.json").is_file():
         return False
     try:
-        return "quantization_config" not in json.loads((folder / "config.json").read_bytes())
+        return "quantization_config" not in read_json(folder / "config.json", dict)
     except ValueError:
         return False  # the reader of packed folders says what is wrong
 

@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from dqbart.packed.json_file import read_json
+
 T = TypeVar("T")
 Mode = Literal["mean", "cls", "max"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
@@ -204,13 +206,6 @@ def _read_mode(file: Path) -> Mode:
 
 
 def _read(file: Path, kind: type[T]) -> T:
-    """A JSON file that holds a `kind`. Raises `FileNotFoundError` or `ValueError`."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, but {MODULES} asks for it")
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(content, kind):
-        raise ValueError(f"{file}: expected a JSON {kind.__name__}, found {type(content).__name__}")
-    return content
+    return read_json(file, kind)

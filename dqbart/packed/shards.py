@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dqbart.packed.json_file import read_json
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -137,7 +139,7 @@ def shard_files(folder: Path) -> list[Path]:
     if not index.is_file():
         raise FileNotFoundError(f"{folder}: no {SINGLE} and no {INDEX} in it; other weight formats are not read")
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()), key=str)
+        names = sorted(set(read_json(index, dict)["weight_map"].values()), key=str)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: damaged: expected a JSON object with 'weight_map' ({error})") from None
     files = []

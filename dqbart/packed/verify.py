@@ -5,7 +5,6 @@ scales, padding); `verify` adds what costs a pass over all codes. The first defe
 was found and what was expected.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from dqbart.packed import shards
+from dqbart.packed.json_file import read_json
 from dqbart.packed.layout import as_bytes, check
 from dqbart.packed.shards import Shard, TensorInfo
 from dqbart.packed.skeleton import expected_tensors, swap_modules
@@ -70,11 +70,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         what = f"no {CONFIG} in it" if folder.is_dir() else "no such folder"
         raise FileNotFoundError(f"{folder}: {what}; expected a folder that dqbart wrote")
-    try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    config = read_json(file, dict)
+    quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "dqbart":
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise ValueError(f"{file}: quant_method {method!r}: expected 'dqbart'; make the folder with dqbart compress")
@@ -116,12 +113,7 @@ def read_generation_config(folder: Path, config: dict[str, Any]) -> Any:
     file = folder / GENERATION_CONFIG
     if not file.is_file():
         return None
-    try:
-        values = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected an object, found {type(values).__name__}")
+    values = read_json(file, dict)
     defaults = GenerationConfig._get_default_generation_params()
     for name, value in values.items():
         if not _fits(name, value, defaults.get(name), config.get("vocab_size")):

@@ -59,8 +59,7 @@ Rules make_rules(const Options& o, const Lists& lists, const std::vector<int32_t
     if (before <= length && std::equal(word.begin(), word.end() - 1, tokens.end() - before))
       banned.push_back(word.back());
   }
-  if (length < o.min_length)
-    banned.insert(banned.end(), lists.eos.begin(), lists.eos.end());
+  if (length < o.min_length) banned.insert(banned.end(), lists.eos.begin(), lists.eos.end());
   sort_unique(banned);
   return rules;
 }
