@@ -304,6 +304,10 @@ def test_refuses_a_state_dict_and_quantizing_at_load(bart: tuple[Any, Path], tmp
         ("decoder_attention_heads", -1, "decoder_attention_heads -1: expected a whole number from 1 to 1024"),
         ("is_encoder_decoder", False, "is_encoder_decoder False: not what BartForConditionalGeneration is"),
         ("model_type", "bert", "model_type 'bert': BartForConditionalGeneration expects 'bart'"),
+        ("d_model", 2**40, "config.json: "),
+        ("decoder_ffn_dim", -3, "config.json: "),
+        ("d_model", 33, "config.json: embed_dim must be divisible by num_heads"),
+        ("vocab_size", None, "config.json: "),
     ],
 )
 def test_refuses_configs_that_build_something_else(folder: Path, field: str, value: Any, words: str) -> None:

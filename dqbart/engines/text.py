@@ -58,10 +58,9 @@ class TextModel:
         config = read_config(self.folder)
         spec = read_spec(self.folder, config)
         self._skeleton = build_skeleton(self.folder, config, spec)
-        self._skeleton.generation_config = (
-            read_generation_config(self.folder, config) or self._skeleton.generation_config
-        )
         self.config = self._skeleton.config
+        own = read_generation_config(self.folder, self.config.vocab_size)
+        self._skeleton.generation_config = own or self._skeleton.generation_config
         open_native(self.folder, spec, self._skeleton, runner.make)
         self._torch_model: Any = None
         self._said: set[str] = set()

@@ -22,7 +22,7 @@ from dqbart.packed import hook, shards
 from dqbart.packed.plain import is_plain
 from dqbart.packed.skeleton import round_floats_, spec_of, stored_tensors, swap_modules
 from dqbart.packed.spec import PackedSpec
-from dqbart.packed.verify import model_class, model_config, read_config, read_generation_config, read_spec
+from dqbart.packed.verify import build_skeleton, model_class, read_config, read_generation_config, read_spec
 
 __all__ = ["load_packed", "round_floats_", "save_packed", "size_table"]
 
@@ -83,10 +83,9 @@ def load_packed(folder: str | Path, device: Any = None, dtype: torch.dtype = tor
     """
     folder = Path(folder)
     config = read_config(folder)
-    read_spec(folder, config)
     shards.shard_files(folder)
-    model_config(folder, config)
-    read_generation_config(folder, config)
+    skeleton = build_skeleton(folder, config, read_spec(folder, config))  # or a wrong value would be torch's error
+    read_generation_config(folder, skeleton.config.vocab_size)
     hook.install()
     model = model_class(folder, config).from_pretrained(str(folder), dtype=dtype, local_files_only=True)
     return model if device is None else model.to(device)

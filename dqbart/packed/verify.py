@@ -106,7 +106,7 @@ def model_class(folder: Path, config: dict[str, Any]) -> Any:
     return found
 
 
-def read_generation_config(folder: Path, config: dict[str, Any]) -> Any:
+def read_generation_config(folder: Path, vocabulary: int) -> Any:
     """transformers' `GenerationConfig` of a folder, checked; None if it has none. Raises `ValueError`."""
     from transformers import GenerationConfig
 
@@ -116,7 +116,7 @@ def read_generation_config(folder: Path, config: dict[str, Any]) -> Any:
     values = read_json(file, dict)
     defaults = GenerationConfig._get_default_generation_params()
     for name, value in values.items():
-        if not _fits(name, value, defaults.get(name), config.get("vocab_size")):
+        if not _fits(name, value, defaults.get(name), vocabulary):
             raise ValueError(f"{file}: {name} {value!r}: not a value that generate takes")
     try:
         return GenerationConfig.from_dict(values)
@@ -124,7 +124,7 @@ def read_generation_config(folder: Path, config: dict[str, Any]) -> Any:
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
 
 
-def _fits(name: str, value: Any, default: Any, vocabulary: Any) -> bool:
+def _fits(name: str, value: Any, default: Any, vocabulary: int) -> bool:
     """Whether a generation setting has a sound type, and token ids lie in the vocabulary."""
     if value is None or name == "early_stopping" and value in (True, False, "never"):
         return True
