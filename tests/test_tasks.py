@@ -14,7 +14,9 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 import dqbart
 from dqbart.cli import main
+from dqbart.data.columns import hold_out
 from dqbart.data.files import load_rows
+from dqbart.data.labelled import guess_label_columns, read_labelled
 from dqbart.packed.plain import is_plain
 from dqbart.packed.sentence import Pooling, write_pooling
 from dqbart.tasks import open_task
@@ -545,3 +547,8 @@ def test_lines_of_text_are_augmented(bert: Path, tmp_path: Path) -> None:
     assert main(["augment", str(bert), "--data", str(file), "--out", str(tmp_path / "more.jsonl")]) == 0
     found = [json.loads(line)["text"] for line in (tmp_path / "more.jsonl").read_text().splitlines()]
     assert {"the cat sees a dog", "the old house"} < set(found)
+    rows = load_rows(tmp_path / "more.jsonl")
+    assert {row.get("variant_of") for row in rows} == {"the cat sees a dog", "the old house", None} and len(rows) > 4
+    labelled = read_labelled(rows, guess_label_columns(rows))  # the only text is still the text
+    train, dev = hold_out(labelled, len(rows) // 2)
+    assert not {*train.sources} & {*dev.sources} and len(train) + len(dev) == len(rows)

@@ -30,6 +30,8 @@ LANGUAGES = frozenset(
     "lt lv mk ml mn mr my nb ne nl no pl ps pt ro ru si sk sl sq sr sv sw ta te th tl tr uk ur vi xh zh".split()
 )
 
+VARIANT_OF = "variant_of"  # what augmentation adds to a row: the text that it was made of. No column to learn from
+
 _LOOK = 100  # rows looked at for the guess
 
 
@@ -229,6 +231,7 @@ def column_kinds(rows: Sequence[dict[str, Any]]) -> dict[str, type]:
         flat: dict[str, Any] = {}
         for name, value in row.items():
             flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+        flat.pop(VARIANT_OF, None)
         for name, value in flat.items():
             if value is None or value == "" or value == []:
                 kinds.setdefault(name, object)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dqbart.data.batches import Collator, TokenRows, lengths_line, progress_bar
-from dqbart.data.columns import check_column, column_kinds, column_names, read_text, read_value
+from dqbart.data.columns import VARIANT_OF, check_column, column_kinds, column_names, read_text, read_value
 from dqbart.data.labels import SCORE_NAMES, Kind, Label, Labels, read_labels
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Labelled:
     """Labelled texts: lists of one length, `None` where the data has no such column. `str()` is a line to print.
 
     Labels are class ids, with `names` in id order, or for regression numbers, without. `skipped` counts rows left out
-    because a text of theirs was empty.
+    because a text of theirs was empty. `origins`: the texts that augmented ones were made of.
     """
 
     texts: list[str]
@@ -70,11 +70,12 @@ class Labelled:
     names: list[str] | None = None
     kind: Kind | None = None
     skipped: int = 0
+    origins: list[str] | None = None
 
     @property
     def sources(self) -> list[str]:
-        """What `hold_out` goes by: pairs that share their first text stay together."""
-        return self.texts
+        """What `hold_out` goes by: pairs that share their first text, and variants of one text, stay together."""
+        return self.texts if self.origins is None else self.origins
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -84,7 +85,8 @@ class Labelled:
         chosen = list(indices)
         labels: Any = None if self.labels is None else [self.labels[i] for i in chosen]
         pairs = None if self.pairs is None else [self.pairs[i] for i in chosen]
-        return Labelled([self.texts[i] for i in chosen], pairs, labels, self.names, self.kind)
+        origins = None if self.origins is None else [self.origins[i] for i in chosen]
+        return Labelled([self.texts[i] for i in chosen], pairs, labels, self.names, self.kind, origins=origins)
 
     def __str__(self) -> str:
         parts = [f"{len(self):,} {'texts' if self.pairs is None else 'pairs'}"]
@@ -157,17 +159,22 @@ def read_labelled(
     texts: list[str] = []
     pairs: list[str] = []
     labels: dict[int, Label | None] = {}  # by row number
+    origins: list[str] = []
     for number, row in enumerate(rows, 1):
         text = read_text(row, columns.text, number)
         pair = read_text(row, columns.pair, number) if columns.pair else ""
         if text and (pair or not columns.pair):
             texts.append(text)
             pairs.append(pair)
+            origins.append(str(row.get(VARIANT_OF) or text))
             labels[number] = _read_label(row, columns.label, number) if columns.label else None
     if not texts:
         raise ValueError(f"{columns}: all {len(rows)} rows are empty there")
     kind, known, found = read_labels(columns.label or "", labels, names, kind)
-    return Labelled(texts, pairs if columns.pair else None, found, known, kind, len(rows) - len(texts))
+    return Labelled(
+        texts, pairs if columns.pair else None, found, known, kind, len(rows) - len(texts),
+        origins if any(VARIANT_OF in row for row in rows) else None,
+    )  # fmt: skip
 
 
 def _read_label(row: dict[str, Any], name: str, number: int) -> Label | None:

@@ -136,7 +136,7 @@ class TextModel:
             found = list(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
             raise ValueError(f"input_ids {found}: expected token ids [batch, length], neither of them 0")
         check_ids(ids, self.config.vocab_size)
-        said = (call, vars(generation_config or object), vars(self.generation_config))
+        said = [call, *(vars(given) for given in (generation_config, self.generation_config) if given is not None)]
         unsaid = [all(of.get(name) is None for of in said) for name in ("max_length", "min_length")]
         settings, rest = self._skeleton._prepare_generation_config(generation_config, **call)
         self._skeleton._prepare_special_tokens(settings, True, device=ids.device)

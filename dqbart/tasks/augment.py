@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dqbart.data.augmentation import Augmenter
-from dqbart.data.columns import read_text
+from dqbart.data.columns import VARIANT_OF, read_text
 from dqbart.data.files import load_rows
 from dqbart.data.labelled import guess_label_columns
 from dqbart.data.word_vectors import read_word_vectors
@@ -36,7 +36,8 @@ def augment_file(
     """Write the training rows of `data` and up to `variants` new ones of each as JSON lines; returns both counts.
 
     `model`: a masked language model, path or hub id. `vectors`: a text file of word vectors for words of several
-    pieces; without one the model's own embeddings. All other columns, labels among them, are copied. Raises
+    pieces; without one the model's own embeddings. All other columns, labels among them, are copied; new rows have the
+    original text in `variant_of`, by which `compress` keeps them together where it holds out a dev set. Raises
     `FileExistsError` for an `out` that exists, and `ValueError` and `FileNotFoundError` as the readers do.
     """
     out = Path(out)
@@ -67,9 +68,12 @@ def augment_file(
     aside = out.with_suffix(".partial")
     with open(aside, "w", encoding="utf-8") as file:
         for made in found:
-            row = dict(kept[made.origin][0]) | {columns.text: made.text}
+            original, text = kept[made.origin]
+            row = original | {columns.text: made.text}
             if columns.pair:
                 row[columns.pair] = made.pair
+            if row != original:
+                row.setdefault(VARIANT_OF, text)  # so that a dev set has no variants of what is trained on
             file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")  # parquet has dates
     aside.replace(out)
     return {"rows": len(kept), "written": len(found)}
