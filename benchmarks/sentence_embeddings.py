@@ -29,12 +29,13 @@ from typing import Any
 
 from ledger import RESULTS, Ledger, markdown, resumable
 
-KEYS = ("model", "bits", "layers", "steps", "seed")
+KEYS = ("model", "bits", "layers", "steps", "seed", "sentences", "learning_rate")
 # bits, layers, steps of distillation; the first is the original.
 CELLS = (
     ("32-32-32", "6", 0), ("8-8-8", "6", 0), ("4-4-8", "6", 0), ("2-2-8", "6", 1500),
     ("8-8-8", "3", 1500), ("2-2-8", "3", 1500),
 )  # fmt: skip
+UNTRAINED: dict[str, Any] = {"sentences": None, "learning_rate": None}
 QUICK = (("32-32-32", "6", 0), ("8-8-8", "6", 0), ("2-2-8", "6", 4))
 BATCH = 64
 GOALS = {"8-8-8": 0.5, "4-4-8": 1.0, "2-2-8": 4.0}  # points that 6 layers may lose
@@ -185,7 +186,9 @@ def _table_of(rows: list[dict[str, Any]]) -> str:
         ]
         ratios = [f"{row['original_' + key] / row[key]:.1f} x" if key in row else "" for key in ("one_ms", "batch_ms")]
         size = f"{row['file_bytes'] / 2**20:.1f}"
-        lines.append([row["bits"], row["layers"], row["steps"] or "", *lost, size, *ratios])
+        rate = f", rate {row['learning_rate']:g}" if row["learning_rate"] else ""
+        steps = f"{row['steps']}{rate}, seed {row['seed']}" if row["steps"] else ""
+        lines.append([row["bits"], row["layers"], steps, *lost, size, *ratios])
     header = ["bits", "layers", "steps", "Spearman, stsb-free", "probe, banking77", "file, MiB"]
     return markdown([*header, "one text", "batch of 32"], lines)
 
@@ -209,6 +212,7 @@ def main() -> int:
         for seed in args.seeds:
             for bits, layers, steps in QUICK if args.quick else CELLS:
                 key = dict(model=name, bits=bits, layers=layers, steps=steps, seed=seed)
+                key |= dict(sentences=args.sentences, learning_rate=args.learning_rate) if steps else UNTRAINED
                 if ledger.find(**key) is None:
                     ledger.add(cell(args.model, key, args, args.work or Path(scratch)))
     print(table(ledger.rows))

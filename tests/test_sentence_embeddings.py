@@ -13,8 +13,8 @@ from sentence_embeddings import SENTENCES, meets, probe, read, sentences, table,
 def row(
     bits: str, layers: str = "6", steps: int = 0, spearman: float = 90.0, right: float = 92.0, **more: Any
 ) -> dict[str, Any]:
-    return dict(model="m", bits=bits, layers=layers, steps=steps, seed=28, spearman=spearman, probe=right,
-                file_bytes=2**20) | more  # fmt: skip
+    return dict(model="m", bits=bits, layers=layers, steps=steps, seed=28, sentences=9, learning_rate=None,
+                spearman=spearman, probe=right, file_bytes=2**20) | more  # fmt: skip
 
 
 def test_goals_and_table() -> None:
@@ -31,7 +31,7 @@ def test_goals_and_table() -> None:
     assert [line.split(" | ")[:2] for line in lines[2:]] == [
         ["| 32-32-32", "6"], ["| 8-8-8", "6"], ["| 4-4-8", "6"], ["| 2-2-8", "6"], ["| 8-8-8", "3"]
     ]  # fmt: skip
-    assert lines[5] == "| 2-2-8 | 6 | 1500 | 86.50 (-3.50) | 92.00 (+0.00) | 1.0 | 4.0 x | 2.5 x |"
+    assert lines[5] == "| 2-2-8 | 6 | 1500, seed 28 | 86.50 (-3.50) | 92.00 (+0.00) | 1.0 | 4.0 x | 2.5 x |"
     assert table([]).count("\n") == 1
 
 
