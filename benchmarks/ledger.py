@@ -38,7 +38,7 @@ class Ledger:
 
     def __init__(self, path: str | Path, keys: Iterable[str]) -> None:
         self.path, self.keys = Path(path), tuple(keys)
-        self._own: dict[str, Any] | None = None  # this process, as `runs` has it
+        self._own: dict[str, Any] | None = None
         self._read()
 
     def _read(self) -> None:
@@ -59,19 +59,28 @@ class Ledger:
             raise ValueError(f"key {sorted(key)}: expected {sorted(self.keys)}")
         return next((row for row in self.rows if all(row.get(k) == v for k, v in key.items())), None)
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Store `row` in place of one with the same key; the file is whole after every call, and may be shared."""
+    @property
+    def own(self) -> dict[str, Any]:
+        """This process, as `runs` has it."""
+        if self._own is None:
+            self._own = describe_run() | {"id": uuid4().hex[:8]}  # told from the same command's other runs
+        return self._own
+
+    def add(self, row: dict[str, Any], run: dict[str, Any] | None = None) -> None:
+        """Store `row` in place of one with the same key; the file is whole after every call, and may be shared.
+
+        `run`: what made the row, if that is not this process.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path.parent):
             self._read()  # what others have added
-            self._store(row)
+            self._store(row, run or self.own)
 
-    def _store(self, row: dict[str, Any]) -> None:
+    def _store(self, row: dict[str, Any], run: dict[str, Any]) -> None:
         old = self.find(**{key: row[key] for key in self.keys})
-        self._own = self._own or describe_run() | {"id": uuid4().hex[:8]}  # told from the same command's other runs
-        if self._own not in self.runs:
-            self.runs.append(self._own)
-        row = row | {"run": self.runs.index(self._own)}
+        if run not in self.runs:
+            self.runs.append(run)
+        row = row | {"run": self.runs.index(run)}
         if old is None:
             self.rows.append(row)
         else:

@@ -55,7 +55,7 @@ def state(ledger: Ledger, cell: Cell) -> str:
     return "done" if fingerprint(cell.teacher) is None or row["settings"] == cell.settings else "other settings"
 
 
-def start(cell: Cell, cells: Sequence[Cell], args: argparse.Namespace) -> "subprocess.Popen[bytes]":
+def start(cell: Cell, cells: Sequence[Cell], ledger: Ledger, args: argparse.Namespace) -> "subprocess.Popen[bytes]":
     """The cell's process, in a group of its own, so that Ctrl-C reaches it once, from us."""
     folder = cell.folder(args.work)
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def start(cell: Cell, cells: Sequence[Cell], args: argparse.Namespace) -> "subpr
     orders = {
         "key": cell.key, "recipe": cell.recipe, "teacher": str(cell.teacher), "data": str(cell.data),
         "test_examples": cell.test_examples, "teacher_folder": str(teacher.folder(args.work)) if teacher else None,
-        "keep": args.keep, "jobs": args.jobs,
+        "keep": args.keep, "jobs": args.jobs, "run": ledger.own,
     }  # fmt: skip
     (folder / "cell.json").write_text(json.dumps(orders), encoding="utf-8")
     threads = str(args.threads or max(1, (os.cpu_count() or 1) // args.jobs))
@@ -80,7 +80,8 @@ def collect(cell: Cell, code: int, ledger: Ledger, work: Path) -> bool:
     folder = cell.folder(work)
     if code == 0:
         row = json.loads((folder / "row.json").read_text(encoding="utf-8"), parse_float=lambda x: round(float(x), 5))
-        ledger.add(cell.key | row | {"settings": cell.settings})
+        orders = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+        ledger.add(cell.key | row | {"settings": cell.settings}, orders.get("run"))  # of a run that died, perhaps
         minutes = f", {row['minutes']} minutes of training" if "minutes" in row else ""
         say(f"done  {cell.slug}: {row['metric']} {row['score']:.2f}, teacher's {row['teacher_score']:.2f}{minutes}")
         return True
@@ -103,7 +104,7 @@ def run_cells(cells: Sequence[Cell], everything: Sequence[Cell], ledger: Ledger,
                 if (cell.folder(args.work) / "row.json").exists():  # finished when nobody was there to write it down
                     collect(cell, 0, ledger, args.work)
                 else:
-                    running[start(cell, everything, args)] = cell
+                    running[start(cell, everything, ledger, args)] = cell
             time.sleep(0.2)
             for process in [process for process in running if process.poll() is not None]:
                 failed += not collect(running.pop(process), process.returncode, ledger, args.work)

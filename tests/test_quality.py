@@ -154,7 +154,10 @@ def test_an_error_never_replaces_a_score(places: Path) -> None:
     assert quality.state(ledger, cell) == "failed"
     assert ledger.rows[0]["error"] == "exit code -9: OutOfMemoryError: no room"
     (cell.folder(work) / "row.json").write_text(json.dumps(SCORED))
+    made_by = ledger.own | {"commit": "an older one"}  # and was killed before it could write the row down
+    (cell.folder(work) / "cell.json").write_text(json.dumps({"run": made_by}))
     assert quality.collect(cell, 0, ledger, work) and quality.state(ledger, cell) == "done"
+    assert ledger.runs[ledger.rows[0]["run"]] == made_by
     assert not quality.collect(cell, 1, ledger, work) and ledger.rows[0]["score"] == 20.0
     assert len(ledger.rows) == 1 and "error" not in ledger.rows[0]
     (longer,) = [c for c in cells_of(GRID, places, steps_scale=2) if c.slug == cell.slug]
