@@ -135,6 +135,8 @@ def test_measured_speed_is_put_into_the_folder(translator: Result, tmp_path: Pat
     assert "| dqbart-torch" in text and "Not measured" not in text and "My own words." in text
     assert text.index("## Speed") < text.index("| dqbart-torch") < text.index("## How it was made")
     assert ModelCard.load(folder / "README.md").data == ModelCard.load(translator.folder / "README.md").data
+    (folder / "README.md").unlink()
+    assert main([*command, "--save"]) == 0 and not (folder / "README.md").exists()
     (folder / "report.json").unlink()
     assert main([*command, "--save"]) == 2
     assert "report.json: no such file; expected a folder that 'dqbart compress' wrote" in capsys.readouterr().err

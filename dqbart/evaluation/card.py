@@ -63,9 +63,10 @@ def write(folder: Path, report: dict[str, Any], base_model: str | None, called: 
 def rewrite_speed(folder: Path, report: dict[str, Any]) -> None:
     """The speed section anew, where the card still has one; the rest may be the user's by now."""
     file = folder / "README.md"
-    before = file.read_text(encoding="utf-8") if file.is_file() else ""
-    section = re.compile(r"(?<=^## Speed\n\n).*?(?=^## )", re.DOTALL | re.MULTILINE)
-    file.write_text(section.sub(lambda _: _speed(report) + "\n\n", before, count=1), encoding="utf-8")
+    if file.is_file():
+        section = re.compile(r"(?<=^## Speed\n\n).*?(?=^## )", re.DOTALL | re.MULTILINE)
+        before = file.read_text(encoding="utf-8")
+        file.write_text(section.sub(lambda _: _speed(report) + "\n\n", before, count=1), encoding="utf-8")
 
 
 def _title(report: dict[str, Any], name: str) -> str:
