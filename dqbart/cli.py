@@ -59,10 +59,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--dev-data", help="the same, to select and score the student (a part of --data)")
     verb.add_argument("--student", help="float checkpoint that the student starts as (layers of the teacher)")
     verb.add_argument("--out", dest="output", help="folder to write")
-    verb.add_argument("--preset", choices=sorted(PRESETS), help="recipe to start from (small)")
-    verb.add_argument("--config", help="YAML file of recipe fields")
-    for name, (kind, text) in RECIPE_FLAGS.items():
-        verb.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    _add_recipe_flags(verb)
     verb.add_argument("--device", help="cpu or cuda")
     verb.add_argument("--overwrite", action="store_true", help="replace what another recipe left in --out")
     verb.set_defaults(run=run_compress)
@@ -137,6 +134,17 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--save", action="store_true", help="put it into the folder's report.json and model card")
     verb.set_defaults(run=run_bench)
 
+    verb = verbs.add_parser("sensitivity", help="what each layer costs when it alone is in few bits, untrained")
+    verb.add_argument("teacher", metavar="MODEL", help="folder or hub id of the float checkpoint")
+    verb.add_argument("--data", required=True, help="as for compress; its validation split is read, or the one file")
+    _add_recipe_flags(verb)
+    verb.add_argument("--per", choices=("layer", "module"), default="layer", help="what is a part (layer)")
+    verb.add_argument("--score", action="store_true", help="decode with each part, too: points of score lost")
+    verb.add_argument("--limit", type=int, default=200, help="a fixed sample of this many examples (200)")
+    verb.add_argument("--save", metavar="FOLDER", help="put it into the report.json of this packed folder")
+    verb.add_argument("--device", help="cpu or cuda")
+    verb.set_defaults(run=run_sensitivity)
+
     verb = verbs.add_parser("warmup", help="compile the GPU's kernels for a folder, so that no request waits for it")
     verb.add_argument("model")
     verb.add_argument("--device", default="cuda")
@@ -161,17 +169,21 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _add_recipe_flags(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--preset", choices=sorted(PRESETS), help="recipe to start from (small)")
+    verb.add_argument("--config", help="YAML file of recipe fields")
+    for name, (kind, text) in RECIPE_FLAGS.items():
+        verb.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+
+
 def recipe_and_run(args: argparse.Namespace) -> tuple[Recipe, dict[str, Any]]:
     """Flag over file over preset. Raises `ValueError` for whatever doesn't fit."""
     values = read_yaml(args.config) if args.config else {}
     run = {key: values.pop(key) for key in RUN_KEYS if key in values}
-    run |= {key: getattr(args, key) for key in RUN_KEYS if getattr(args, key) is not None}
+    run |= {key: getattr(args, key) for key in RUN_KEYS if getattr(args, key, None) is not None}
     if args.preset:
         values["preset"] = args.preset
     values |= {name: getattr(args, name) for name in RECIPE_FLAGS if getattr(args, name) is not None}
-    for key, flag in (("teacher", "MODEL"), ("output", "--out")):
-        if not run.get(key):
-            raise ValueError(f"{key} is missing: give {flag}, as in 'dqbart compress MODEL --data FILE --out DIR'")
     return Recipe.from_dict({"preset": "small"} | values), run
 
 
@@ -179,6 +191,9 @@ def run_compress(args: argparse.Namespace) -> dict[str, Any]:
     from dqbart.pipeline import compress
 
     recipe, run = recipe_and_run(args)
+    for key, flag in (("teacher", "MODEL"), ("output", "--out")):
+        if not run.get(key):
+            raise ValueError(f"{key} is missing: give {flag}, as in 'dqbart compress MODEL --data FILE --out DIR'")
     result = compress(
         run["teacher"], run.get("data"), output=run["output"], recipe=recipe, dev_data=run.get("dev_data"),
         student=run.get("student"), overwrite=args.overwrite, device=args.device,
@@ -281,6 +296,25 @@ def run_bench(args: argparse.Namespace) -> dict[str, Any]:
     if args.save:
         save(args.model, found)
     return {"model": args.model} | found
+
+
+def run_sensitivity(args: argparse.Namespace) -> dict[str, Any]:
+    from dqbart.data.splits import read_split
+    from dqbart.evaluation.recorded import record
+    from dqbart.evaluation.sensitivity import lines, sensitivity
+    from dqbart.teacher import load_teacher
+
+    recipe, run = recipe_and_run(args)
+    if args.save:
+        record(args.save)  # now, not after hours
+    teacher, tokenizer, _ = load_teacher(run["teacher"], None, args.device)
+    examples = read_split(run["data"], recipe, "validation")
+    rows = sensitivity(teacher, tokenizer, examples, recipe, per=args.per, score_outputs=args.score, limit=args.limit)
+    for line in lines(rows):
+        print(line)
+    if args.save:
+        record(args.save, sensitivity=rows)
+    return {"model": str(run["teacher"]), "rows": rows}
 
 
 def run_warmup(args: argparse.Namespace) -> dict[str, Any]:

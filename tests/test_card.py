@@ -19,6 +19,7 @@ from transformers import MBartTokenizer
 import dqbart
 from dqbart.cli import main
 from dqbart.evaluation import card
+from dqbart.evaluation.report import report
 from dqbart.pipeline import Result
 
 
@@ -118,8 +119,8 @@ def test_the_language_is_the_one_that_was_given(scored: Result, tmp_path: Path) 
 def test_only_what_had_a_teacher_is_tagged_as_distilled(scored: Result, translator: Result, tmp_path: Path) -> None:
     assert "distillation" in written(scored.report, tmp_path).data.tags
     recipe = scored.report["recipe"] | {"method": "finetune"}
-    for report in (translator.report, changed(scored.report, recipe=recipe)):
-        assert "distillation" not in written(report, tmp_path).data.tags
+    for other in (translator.report, changed(scored.report, recipe=recipe)):
+        assert "distillation" not in written(other, tmp_path).data.tags
 
 
 def test_measured_speed_is_put_into_the_folder(translator: Result, tmp_path: Path, capsys: Any) -> None:
@@ -193,3 +194,25 @@ def test_table_cells_keep_their_pipes(pipe: str) -> None:
 def test_texts_of_the_data_are_not_in_the_card(scored: Result) -> None:
     text = (scored.folder / "README.md").read_text()
     assert not any(row["source"] in text for row in scored.report["scores"]["outputs"]) and TEXTS[0] not in text
+
+
+def test_what_layers_cost_is_put_into_the_folder(
+    scored: Result, teacher_folder: Path, pairs_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    folder = tmp_path / "small"
+    shutil.copytree(scored.folder, folder)
+    config = str(folder / "recipe.yaml")
+    command = ["sensitivity", str(teacher_folder), "--data", str(pairs_file), "--config", config, "--limit", "4"]
+    assert main([*command, "--score", "--save", str(folder)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    rows = json.loads((folder / "report.json").read_text())["sensitivity"]
+    layers = [f"{stack}.{i}" for stack in ("encoder", "decoder") for i in range(3)]
+    assert [row["part"] for row in rows] == ["embedding", *layers]
+    assert len(out) == len(rows) + 2 and all("KL" in line and "score" in line for line in out[1:-1])
+    assert json.loads(out[-1])["rows"] == rows
+    report([folder], tmp_path / "page.html")
+    assert "What each layer costs" in (tmp_path / "page.html").read_text()
+    assert main([*command, "--save", str(tmp_path)]) == 2
+    assert "report.json: no such file" in capsys.readouterr().err
+    (tmp_path / "report.json").write_text("[]")
+    assert main([*command, "--save", str(tmp_path)]) == 2 and "not a report" in capsys.readouterr().err

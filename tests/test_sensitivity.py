@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import sentences, word_tokenizer
-from tiny_models import tiny_seq2seq
+from tiny_models import tiny_encoder, tiny_seq2seq
 
 from dqbart.data.columns import Examples
 from dqbart.evaluation.sensitivity import Switch, part_of, sensitivity
@@ -143,5 +143,7 @@ def test_scores_and_the_teacher_is_left_alone() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="per 'head': expected 'layer' or 'module'"):
         measure(model(), recipe(), per="head")
+    with pytest.raises(ValueError, match="a bert model: expected an encoder-decoder, BART or mBART"):
+        sensitivity(tiny_encoder("bert"), word_tokenizer(), EXAMPLES, recipe())
     with pytest.raises(ValueError, match="examples have no targets"):
         sensitivity(model(), word_tokenizer(), Examples(SOURCES), recipe())

@@ -5,7 +5,6 @@ of tokens: the shortest and the longest length are forced equal. Encoders make o
 within a round are reported, never a best run. benchmarks/latency.py is the larger version, with other people's engines.
 """
 
-import json
 import statistics
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from dqbart.evaluation import card
 from dqbart.evaluation.environment import environment
+from dqbart.evaluation.recorded import record
 
 
 def bench(
@@ -166,13 +166,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def save(folder: str | Path, found: dict[str, Any]) -> None:
-    """Put what `bench` found into a packed folder: report.json, and the speed section of its card.
-
-    Raises `FileNotFoundError` for a folder without report.json.
+    """Put what `bench` found into a packed folder: report.json, and the speed section of its card. Raises as `record`
+    does.
     """
-    file = Path(folder) / "report.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; expected a folder that 'dqbart compress' wrote")
-    report = json.loads(file.read_text(encoding="utf-8")) | {"speed": found}
-    file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    card.rewrite_speed(Path(folder), report)
+    card.rewrite_speed(Path(folder), record(folder, speed=found))

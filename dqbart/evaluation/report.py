@@ -235,7 +235,9 @@ def build(models: Sequence[Model]) -> Page:
             sections.latency_section(speed["rows"], machine, how_speed),
             sections.grid_section(points, "It needs scores of several widths or depths: `dqbart report DIR DIR ...`."),
             sections.sensitivity_section(
-                sensitivity, points[0].metric if points else "score", "No scores of single layers in report.json."
+                sensitivity,
+                points[0].metric if points else "score",
+                "Not in report.json: `dqbart sensitivity TEACHER --data FILE --config DIR/recipe.yaml --save DIR`.",
             ),
             outputs_section(chosen, how_scores),
             bytes_section(models),

@@ -77,10 +77,12 @@ def sensitivity(
     `kl`: KL(float || quantized) in nats per target token, `loss` and `loss_float`: cross-entropy of the targets, all
     teacher-forced. With `score_outputs` also `score`, the recipe's metric on what is written, and `drop`, the float
     model's score less that; else None. Of more than `limit` examples a fixed sample. The teacher is left as it is.
-    Raises `ValueError` for another `per`, examples without targets, and as `prepare` and `encode_pairs` do.
+    Raises `ValueError` for another `per`, an encoder, examples without targets, and as `prepare` and `encode_pairs` do.
     """
     if per not in ("layer", "module"):
         raise ValueError(f"per {per!r}: expected 'layer' or 'module'")
+    if not teacher.config.is_encoder_decoder:
+        raise ValueError(f"a {teacher.config.model_type} model: expected an encoder-decoder, BART or mBART")
     if examples.targets is None:
         raise ValueError("examples have no targets, and a loss needs them: give data with a target column")
     recipe = resolve(recipe, teacher.config)
@@ -100,6 +102,16 @@ def sensitivity(
         row = {"part": part, "bits": recipe.bits.text, **forced[part], "loss_float": forced[FLOAT]["loss"]}
         rows.append(row | {"score": found, "drop": None if found is None or best is None else best - found})
     return rows
+
+
+def lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A table for people, the worst part first: KL, loss added and, where it was measured, score lost."""
+    worst = sorted(rows, key=lambda row: row["kl"] if row["drop"] is None else row["drop"], reverse=True)
+    return ["alone in few bits: KL from the float model and loss added, nats per token; points of score lost"] + [
+        f"  {row['part']:28s} {row['bits']:9s} KL {row['kl']:.4f}  loss {row['loss'] - row['loss_float']:+.4f}"
+        + ("" if row["drop"] is None else f"  score {-row['drop']:+.2f}")
+        for row in worst
+    ]
 
 
 def _forced(switch: Switch, tokenizer: Any, examples: Examples, recipe: Recipe) -> dict[str, dict[str, float]]:
