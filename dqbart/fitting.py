@@ -6,7 +6,7 @@ from typing import Any
 from dqbart.architectures import first_position
 from dqbart.methods import BOTH, METHODS, OF_ENCODER_DECODERS, OF_ENCODERS
 from dqbart.notation import Layers
-from dqbart.recipe import METRICS, SHAPE, Recipe
+from dqbart.recipe import METRICS, SHAPE, USUAL, Recipe
 
 # Low bits rebuild weights instead of rounding them, and want a larger step (TBT's scripts, ParetoQ).
 LEARNING_RATE = {1: 2.5e-4, 2: 3e-4, 3: 1.5e-4, 4: 1e-4, 8: 5e-5, 32: 5e-5}
@@ -79,9 +79,14 @@ def _check_family(recipe: Recipe, config: Any, task: str) -> None:
 def _check_unread(recipe: Recipe, config: Any, task: str) -> None:
     """A key that nothing would read is refused: whoever gives it expects something of it."""
     method = METHODS[recipe.method]
+    stages = dataclasses.replace(recipe, task=task).stages()
+    guessed = any("logits" in stage.terms for stage in stages) and recipe.logits_loss == "kl" and task != "regression"
+    two_parts = recipe.elastic or (method.then is not None and task not in ("text", "sentences"))
     related = {"attention_kl", "values", "queries", "keys"} & recipe.terms.keys()
     readers: dict[str, tuple[Any, str]] = {
         "widths depths label_epochs": (recipe.elastic, "method 'dynabert'"),
+        "prediction_epochs": (two_parts, "a method with a second part, on a task,"),
+        "temperature": (guessed, "logits_loss 'kl' of classes or words"),
         "teacher_layer relation_heads": (related, "the losses attention_kl, queries, keys and values"),
         "sharing": (recipe.family == "albert" and config.model_type != "albert", "family 'albert' of another teacher"),
         "masking segments document_column": (task == "text", "task 'text'"),
@@ -93,7 +98,7 @@ def _check_unread(recipe: Recipe, config: Any, task: str) -> None:
         ),
         "skip probability_bits": (recipe.bits.quantized, "bits other than 32-32-32"),
     }
-    unset = {f.name: f.default for f in dataclasses.fields(recipe)} | {"masking": "uniform"} | method.settings
+    unset = {f.name: f.default for f in dataclasses.fields(recipe)} | USUAL | method.settings
     for names, (is_read, reader) in readers.items():
         for name in names.split():
             if not is_read and getattr(recipe, name) != unset[name]:

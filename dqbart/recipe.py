@@ -32,6 +32,7 @@ METRICS = {
     "sentences": ("spearman", "pearson"),
     "s2s": ("rouge", "bleu"),
 }
+USUAL: dict[str, Any] = dict(temperature=1.0, layer_map="spread", masking="uniform")  # where a method has none
 
 SHAPE = ("hidden_size", "heads", "intermediate_size", "embedding_size")
 FAMILIES = ("albert", "distilbert")
@@ -143,7 +144,7 @@ class Recipe:
             close = _suggest(str(self.method), list(METHODS))
             raise ValueError(f"method {self.method!r}: {close}expected one of {', '.join(METHODS)}")
         method = METHODS[self.method]
-        for name, value in (dict(temperature=1.0, layer_map="spread", masking="uniform") | method.settings).items():
+        for name, value in (USUAL | method.settings).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if isinstance(self.layer_map, list):

@@ -16,12 +16,16 @@ from torch.nn import functional as F
 from transformers import BertForQuestionAnswering
 
 from dqbart.distill import losses
-from dqbart.distill.elastic import STAGES, ElasticObjective, Stage, prediction_loss
+from dqbart.distill.elastic import ElasticObjective, Stage, prediction_loss
 from dqbart.quant.attention import use_attention
 from dqbart.quant.layers import prepare
 from dqbart.quant.narrow import layers_of
+from dqbart.recipe import Recipe
 from dqbart.student.maps import kept_layers
 from dqbart.student.width import Shared, subnetwork
+
+RECIPES = Recipe(method="dynabert", label_epochs=1).stages()
+WIDTH, DEPTH, LABELS = (ElasticObjective.of(recipe, classifier(layers=4), None).stage for recipe in RECIPES)
 
 
 def changed(model: Any, by: float = 0.05) -> Any:
@@ -56,24 +60,24 @@ def alone(student: Any, teacher: Any, batch: dict[str, Tensor], stage: Stage) ->
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "bits"),
+    ("kind", "stage", "bits"),
     [
-        ("bert", "width", None), ("bert", "depth", "2-2-8"), ("roberta", "depth", None),
-        ("distilbert", "width", "2-2-8"), ("distilbert", "depth", None),
+        ("bert", WIDTH, None), ("bert", DEPTH, "2-2-8"), ("roberta", DEPTH, None),
+        ("distilbert", WIDTH, "2-2-8"), ("distilbert", DEPTH, None),
     ],
 )  # fmt: skip
-def test_losses_and_gradients_are_the_sums(kind: str, name: str, bits: str | None) -> None:
+def test_losses_and_gradients_are_the_sums(kind: str, stage: Stage, bits: str | None) -> None:
     student = classifier(kind, layers=4)
-    teacher, batch, stage = changed(student), labelled([9, 5]), STAGES[name]
+    teacher, batch = changed(student), labelled([9, 5])
     if bits:
         prepare(student, bits)
     total, terms, output = ElasticObjective(stage)(student, teacher, batch)
     total.backward()
     single = alone(student, teacher, batch, stage)
-    assert len(single) == {"width": 4, "depth": 12}[name]
+    assert len(single) == (4 if stage is WIDTH else 12)
     for term in ("logits", "hidden"):
         torch.testing.assert_close(terms[term], sum(t[term] for _, t, _ in single.values()).detach())
-    torch.testing.assert_close(total, 1.0 * terms["logits"] + {"width": 0.1, "depth": 1.0}[name] * terms["hidden"])
+    torch.testing.assert_close(total, 1.0 * terms["logits"] + (0.1 if stage is WIDTH else 1.0) * terms["hidden"])
     torch.testing.assert_close(output.logits, student(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits)
 
     want = {key: torch.zeros_like(parameter) for key, parameter in student.named_parameters()}
@@ -90,10 +94,10 @@ def test_losses_and_gradients_are_the_sums(kind: str, name: str, bits: str | Non
 
 
 def test_published_weights_and_multipliers() -> None:
-    assert STAGES["width"].weights == {"logits": 1.0, "hidden": 0.1} and not STAGES["width"].same_width
-    assert STAGES["depth"].weights == {"logits": 1.0, "hidden": 1.0} and STAGES["depth"].same_width
-    assert STAGES["width"].widths == STAGES["depth"].widths == (0.25, 0.5, 0.75, 1.0)
-    assert STAGES["width"].depths == (1.0,) and STAGES["depth"].depths == (0.5, 0.75, 1.0)
+    assert WIDTH.weights == {"logits": 1.0, "hidden": 0.1} and not WIDTH.same_width
+    assert DEPTH.weights == {"logits": 1.0, "hidden": 1.0} and DEPTH.same_width
+    assert WIDTH.widths == DEPTH.widths == (0.25, 0.5, 0.75, 1.0)
+    assert WIDTH.depths == (1.0,) and DEPTH.depths == (0.5, 0.75, 1.0)
     assert kept_layers(12, 0.5) == [0, 2, 4, 6, 8, 10] and kept_layers(12, 0.75) == [0, 1, 2, 4, 5, 6, 8, 9, 10]
 
 
@@ -127,14 +131,14 @@ def test_padding_and_batch_mates_change_nothing() -> None:
     teacher, short, long = changed(student), labelled([7, 4]), labelled([7, 4])
     for name, value in (("input_ids", 1), ("attention_mask", 0)):
         long[name] = F.pad(long[name], (0, 6), value=value)
-    objective = ElasticObjective("depth")
+    objective = ElasticObjective(DEPTH)
     torch.testing.assert_close(objective(student, teacher, long)[1], objective(student, teacher, short)[1])
 
 
 def test_gradients_accumulate_and_scale() -> None:
     student = classifier()
     teacher, batch = changed(student), labelled([9, 5])
-    objective = ElasticObjective("width")
+    objective = ElasticObjective(WIDTH)
     objective(student, teacher, batch)[0].backward()
     once = [parameter.grad.clone() for parameter in student.parameters()]
     for _ in range(2):
@@ -151,14 +155,14 @@ def test_what_takes_no_part_gets_no_gradient() -> None:
     assert student.classifier.weight.grad is None and student.bert.embeddings.word_embeddings.weight.grad is None
     assert layers_of(student)[0].attention.self.query.weight.grad.abs().max() > 0
     with torch.no_grad():
-        total, terms, _ = ElasticObjective("depth")(student, teacher, batch)
+        total, terms, _ = ElasticObjective(DEPTH)(student, teacher, batch)
     assert not total.requires_grad and total > 0 and set(terms) == {"logits", "hidden"}
 
 
 def test_bf16() -> None:
     student = classifier()
     teacher, batch = changed(student), labelled([9, 5])
-    exact, rough = (ElasticObjective("depth", bf16=on)(student, teacher, batch) for on in (False, True))
+    exact, rough = (ElasticObjective(DEPTH, bf16=on)(student, teacher, batch) for on in (False, True))
     assert rough[2].logits.dtype == torch.bfloat16 and exact[2].logits.dtype == torch.float32
     for name in ("logits", "hidden"):
         torch.testing.assert_close(rough[1][name], exact[1][name], rtol=0.05, atol=0.05)
@@ -246,7 +250,7 @@ def test_masked_language_models_learn() -> None:
         student = tiny_encoder(kind)
         use_attention(student)
         teacher, batch = changed(student), token_batch([9, 5])
-        total, terms, _ = ElasticObjective("width")(student, teacher, batch | {"labels": batch["input_ids"]})
+        total, terms, _ = ElasticObjective(WIDTH)(student, teacher, batch | {"labels": batch["input_ids"]})
         total.backward()
         word = student.get_input_embeddings().weight
         assert word.grad.abs().max() > 0 and student.get_output_embeddings().weight.grad is word.grad
@@ -273,7 +277,7 @@ def test_question_answering_leaves_padding_out() -> None:
 
 def test_labels_alone_need_no_teacher() -> None:
     student, batch = classifier(layers=4), labelled([9, 5])
-    objective = ElasticObjective("labels")
+    objective = ElasticObjective(LABELS)
     total, terms, _ = objective(student, None, batch)
     want = sum(subnetwork(student, w, d)(**batch).loss for w in (0.25, 0.5, 0.75, 1.0) for d in (0.5, 0.75, 1.0))
     torch.testing.assert_close(terms["task"], want.detach())
@@ -285,25 +289,24 @@ def test_labels_alone_need_no_teacher() -> None:
 
 def a_base_model() -> None:
     base = classifier().bert
-    ElasticObjective("width")(base, base, token_batch([5]))
+    ElasticObjective(WIDTH)(base, base, token_batch([5]))
 
 
 def several_labels() -> None:
     model = classifier()
     model.config.problem_type = "multi_label_classification"
-    ElasticObjective("width")(model, model, token_batch([5]))
+    ElasticObjective(WIDTH)(model, model, token_batch([5]))
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: ElasticObjective("depths"), "stage 'depths': expected one of width, depth, labels, or a Stage"),
         (lambda: Stage(weights={"attention": 1.0}), "weights 'attention': 1.0: expected task, logits, hidden"),
         (lambda: Stage(weights={"hidden": -1.0}), "weights 'hidden': -1.0"),
         (lambda: Stage(weights={"hidden": 0.0}), "expected a width, a depth and a positive weight at least"),
         (lambda: Stage(weights={"hidden": 1.0}, widths=()), "expected a width, a depth"),
         (
-            lambda: ElasticObjective("width")(classifier(), classifier(layers=2), labelled([5])),
+            lambda: ElasticObjective(WIDTH)(classifier(), classifier(layers=2), labelled([5])),
             "student of 3 layers, teacher of 2: elastic training needs as many",
         ),
         (
@@ -328,12 +331,12 @@ import os, sys
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from test_elastic import changed
+from test_elastic import WIDTH, changed
 from test_width import classifier, labelled
 from dqbart.distill.elastic import ElasticObjective
 distributed.init_process_group("gloo")
 rank, student = distributed.get_rank(), classifier()
-teacher, objective = changed(student), ElasticObjective("width")
+teacher, objective = changed(student), ElasticObjective(WIDTH)
 wrapped = DistributedDataParallel(student)
 for _ in range(2):  # accumulated
     objective(wrapped, teacher, labelled([9, 5], seed=rank), student)[0].backward()
@@ -345,7 +348,7 @@ distributed.destroy_process_group()
 def test_two_processes_have_the_mean_gradient(tmp_path: Path) -> None:
     in_two_processes(WORKER, tmp_path)
     student = classifier()
-    teacher, objective = changed(student), ElasticObjective("width")
+    teacher, objective = changed(student), ElasticObjective(WIDTH)
     for rank in (0, 1):
         objective(student, teacher, labelled([9, 5], seed=rank))[0].backward()
     for rank in (0, 1):

@@ -63,6 +63,20 @@ def test_methods_know_their_models() -> None:
         ({"target_column": "answer"}, "questions", "target_column 'answer': only tasks other than questions"),
         ({"skip": "*.fc1", "bits": "32-32-32"}, None, r"skip \('\*.fc1',\): only bits other than 32-32-32"),
         ({"label_epochs": 1}, None, "label_epochs 1: only method 'dynabert'"),
+        (
+            {"prediction_epochs": 1},
+            None,
+            "prediction_epochs 1: only a method with a second part, on a task",
+        ),
+        ({"prediction_epochs": 0, "method": "tinybert"}, "text", "prediction_epochs 0: only a method with a second"),
+        (
+            {"temperature": 2, "method": "minilm"},
+            None,
+            "temperature 2: only logits_loss 'kl' of classes or words",
+        ),
+        ({"temperature": 2, "logits_loss": "mse"}, None, "temperature 2: only logits_loss 'kl'"),
+        ({"temperature": 2, "method": "tinybert"}, "text", "temperature 2: only logits_loss 'kl'"),
+        ({"temperature": 2}, "regression", "temperature 2: only logits_loss 'kl'"),
     ],
 )
 def test_keys_that_nothing_would_read(changes: dict[str, Any], task: str | None, words: str) -> None:

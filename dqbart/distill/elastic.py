@@ -23,12 +23,10 @@ from torch.autograd.function import once_differentiable
 from dqbart.data.batches import model_inputs
 from dqbart.distill import losses
 from dqbart.distill.capture import autocast
-from dqbart.methods import DEPTH_LOSSES, METHODS
 from dqbart.recipe import Recipe
 from dqbart.student.maps import kept_layers
 from dqbart.student.width import Shared, width_sizes
 
-WIDTHS = (0.25, 0.5, 0.75, 1.0)
 TERMS = ("task", "logits", "hidden")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _LABELS = ("labels", "start_positions", "end_positions")
@@ -42,7 +40,7 @@ class Stage:
     """
 
     weights: dict[str, float]
-    widths: tuple[float, ...] = WIDTHS
+    widths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     depths: tuple[float, ...] = (1.0,)
     same_width: bool = False
 
@@ -54,20 +52,11 @@ class Stage:
             raise ValueError(f"{self}: expected a width, a depth and a positive weight at least")
 
 
-STAGES = {
-    "width": Stage(weights=METHODS["dynabert"].losses.used()),
-    "depth": Stage(weights=DEPTH_LOSSES.used(), depths=(0.5, 0.75, 1.0), same_width=True),
-    "labels": Stage(weights={"task": 1.0}, depths=(0.5, 0.75, 1.0)),
-}
-
-
 class ElasticObjective:
     """Loss terms of one batch, each summed over sub-networks. Called like `dqbart.distill.objective.Objective`."""
 
-    def __init__(self, stage: Stage | str, *, bf16: bool = False) -> None:
-        if isinstance(stage, str) and stage not in STAGES:
-            raise ValueError(f"stage {stage!r}: expected one of {', '.join(STAGES)}, or a Stage")
-        self.stage = STAGES[stage] if isinstance(stage, str) else stage
+    def __init__(self, stage: Stage, *, bf16: bool = False) -> None:
+        self.stage = stage
         self.bf16 = bf16
         self.weights = {name: weight for name, weight in self.stage.weights.items() if weight}
         self.needs_teacher = set(self.weights) != {"task"}

@@ -113,17 +113,6 @@ def _masked_kl(student_BHLL: Tensor, teacher_BHLL: Tensor, mask_BL: Tensor) -> T
     return (sum_B / (gap_BHLL.shape[1] * real_BL.sum(1).clamp_min(1))).mean()
 
 
-def paper_score_mse(student_BHQK: Tensor, teacher_BHQK: Tensor) -> Tensor:
-    """TinyBERT's attention loss as released: scores before the softmax, those up to -100 taken for 0, mean over all."""
-    student, teacher = (x.float().masked_fill(x <= -100, 0) for x in (student_BHQK, teacher_BHQK))
-    return F.mse_loss(student, teacher)
-
-
-def paper_soft_cross_entropy(student_BC: Tensor, teacher_BC: Tensor, temperature: float = 1.0) -> Tensor:
-    """TinyBERT's prediction loss as released: mean over classes too."""
-    return soft_cross_entropy(student_BC, teacher_BC, temperature) / student_BC.shape[-1]
-
-
 def paper_mse(student: Tensor, teacher: Tensor) -> Tensor:
     """DQ-BART: mean over the whole tensor, padding and all."""
     return F.mse_loss(student.float(), teacher.float())
