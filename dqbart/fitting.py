@@ -6,7 +6,7 @@ from typing import Any
 from dqbart.architectures import first_position
 from dqbart.methods import BOTH, METHODS, OF_ENCODER_DECODERS, OF_ENCODERS
 from dqbart.notation import Layers
-from dqbart.recipe import METRICS, SHAPE, USUAL, Recipe
+from dqbart.recipe import METRICS, SHAPE, USUAL, WRITES, Recipe
 
 # Low bits rebuild weights instead of rounding them, and want a larger step (TBT's scripts, ParetoQ).
 LEARNING_RATE = {1: 2.5e-4, 2: 3e-4, 3: 1.5e-4, 4: 1e-4, 8: 5e-5, 32: 5e-5}
@@ -96,9 +96,10 @@ def _check_unread(recipe: Recipe, config: Any, task: str) -> None:
             task != "questions",
             "tasks other than questions",
         ),
+        "generation": (task in WRITES, "tasks that write or answer"),
         "skip probability_bits": (recipe.bits.quantized, "bits other than 32-32-32"),
     }
-    unset = {f.name: f.default for f in dataclasses.fields(recipe)} | USUAL | method.settings
+    unset = {f.name: f.default for f in dataclasses.fields(recipe)} | USUAL | {"generation": {}} | method.settings
     for names, (is_read, reader) in readers.items():
         for name in names.split():
             if not is_read and getattr(recipe, name) != unset[name]:

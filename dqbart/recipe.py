@@ -32,6 +32,7 @@ METRICS = {
     "sentences": ("spearman", "pearson"),
     "s2s": ("rouge", "bleu"),
 }
+WRITES = ("seq2seq", "s2s", "questions")  # tasks that read `generation`
 USUAL: dict[str, Any] = dict(temperature=1.0, layer_map="spread", masking="uniform")  # where a method has none
 
 SHAPE = ("hidden_size", "heads", "intermediate_size", "embedding_size")

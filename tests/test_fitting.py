@@ -62,6 +62,7 @@ def test_methods_know_their_models() -> None:
         ({"label_smoothing": 0.1}, "regression", "label_smoothing 0.1: only tasks with classes or words"),
         ({"target_column": "answer"}, "questions", "target_column 'answer': only tasks other than questions"),
         ({"skip": "*.fc1", "bits": "32-32-32"}, None, r"skip \('\*.fc1',\): only bits other than 32-32-32"),
+        ({"generation": {"num_beams": 4}}, None, "generation {'num_beams': 4}: only tasks that write or answer would"),
         ({"label_epochs": 1}, None, "label_epochs 1: only method 'dynabert'"),
         (
             {"prediction_epochs": 1},

@@ -174,6 +174,19 @@ def test_questions(bert: Path, tmp_path: Path) -> None:
     )
     score, rows_out = evaluate(str(tmp_path / "small"), data)
     assert score.n == 60 and all(row["output"] in row["source"] for row in rows_out)
+    best = score.generation["best_f1_null_threshold"]
+    assert score.generation["null_threshold"] == 0 and score.values["best_f1"] >= score.values["f1"]
+    found, rows_out = evaluate(str(tmp_path / "small"), data, generation={"null_threshold": best})
+    assert found.values["f1"] == pytest.approx(score.values["best_f1"]) and found.generation["null_threshold"] == best
+    _, rows_out = evaluate(str(tmp_path / "small"), data, generation={"null_threshold": -1000})
+    assert {row["output"] for row in rows_out} == {""}
+    _, rows_out = evaluate(str(tmp_path / "small"), data, generation={"null_threshold": 1000})
+    assert "" not in {row["output"] for row in rows_out}
+    with pytest.raises(ValueError, match="generation 'num_beams': 4: questions have 'null_threshold' alone"):
+        evaluate(str(tmp_path / "small"), data, generation={"num_beams": 4})
+    always = [row for row in rows if row["answers"]["text"]]  # type: ignore[index]
+    score, _ = evaluate(str(tmp_path / "small"), write(tmp_path / "always.jsonl", always))
+    assert set(score.values) == {"f1", "exact"} and not score.generation
 
 
 def test_sentence_embeddings(tmp_path: Path) -> None:
@@ -525,6 +538,8 @@ def test_eval_says_what_a_folder_is_not_for(bert: Path, classifier: Path, labell
         ValueError, match="method 'minilm2' looks at inner layers alone, so there are no words to guess"
     ):
         evaluate(str(tmp_path / "general"), texts)
+    with pytest.raises(ValueError, match="generation {'num_beams': 4}: task 'classification' writes nothing; leave it"):
+        evaluate(str(classifier), labelled, generation={"num_beams": 4})
     with pytest.raises(ValueError, match="task 'regression': .* was made for task 'classification'; leave --task out"):
         evaluate(str(classifier), labelled, task="regression")
     unlabelled = write(tmp_path / "plain.jsonl", [{"sentence": text} for text in sentences(9)])

@@ -17,6 +17,9 @@ from dqbart.student.maps import stack_words
 MIB = 2**20
 NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum", "bleu": "BLEU",
          "chrf": "chrF2", "accuracy": "accuracy", "f1": "F1", "exact": "exact match",
+         "has_answer_f1": "F1 where there is an answer", "has_answer_exact": "exact match where there is an answer",
+         "no_answer": "left unanswered where there is none", "best_f1": "F1 with the best no-answer threshold",
+         "best_exact": "exact match with the best no-answer threshold",
          "matthews": "Matthews correlation", "pearson": "Pearson", "spearman": "Spearman"}  # fmt: skip
 TAGS = {"classification": "text-classification", "regression": "text-classification", "questions": "question-answering",
         "text": "fill-mask", "sentences": "sentence-similarity", "s2s": "text2text-generation"}  # fmt: skip
@@ -201,7 +204,9 @@ def _scores(report: dict[str, Any]) -> str:
         f"{scores['examples']:,} dev examples",
         *(["teacher", "this model", "kept"] if teacher else ["this model"]),
     ]
-    decoded = f"\n\nBoth were decoded with `{json.dumps(student['generation'])}`." if student["generation"] else ""
+    others = student if teacher is None else teacher
+    settings = {k: v for k, v in student["generation"].items() if others["generation"].get(k) == v}
+    decoded = f"\n\nSettings: `{json.dumps(settings)}`." if settings else ""
     return (
         f"{_table(header, rows)}\n\nIn brackets: 95 % intervals, examples resampled. Metric: `{student['definition']}`."
         f"{decoded}"

@@ -11,7 +11,7 @@ from typing import Any
 from dqbart.data.columns import sample
 from dqbart.evaluation.metrics import Score
 from dqbart.fitting import resolve
-from dqbart.recipe import Recipe
+from dqbart.recipe import WRITES, Recipe
 from dqbart.tasks import open_task
 from dqbart.teacher import load_teacher
 
@@ -59,6 +59,8 @@ def evaluate(
         "source_lang": source_lang, "target_lang": target_lang, "language": language, "eval_batch_size": batch_size,
         "generation": recipe.generation | (generation or {}),
     }  # fmt: skip
+    if generation and recipe.task not in WRITES:
+        raise ValueError(f"generation {generation}: task {recipe.task!r} writes nothing; leave it out")
     recipe = dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})
     work = open_task(recipe, tokenizer, model, folder)
     examples = work.read_split(data, split)
