@@ -157,9 +157,7 @@ def run_grid(cells: Sequence[Cell], ledger: Ledger, args: argparse.Namespace) ->
 
 def run_sensitivity(cells: Sequence[Cell], ledger: Ledger, only: str) -> None:
     """Rows for each task and width of the selected cells, with the first numerics that has it."""
-    from dqbart.data.splits import read_split
-    from dqbart.evaluation.sensitivity import sensitivity
-    from dqbart.teacher import load_teacher
+    from dqbart.tasks.sensitivity import sensitivity
 
     for cell in cells:
         known = any((row["task"], row["bits"]) == (cell.key["task"], cell.key["bits"]) for row in ledger.rows)
@@ -167,9 +165,7 @@ def run_sensitivity(cells: Sequence[Cell], ledger: Ledger, only: str) -> None:
             continue
         recipe = Recipe.from_dict(cell.recipe)
         say(f"{cell.key['task']}, {cell.key['bits']}, {cell.key['numerics']}: one part at a time")
-        teacher, tokenizer, _ = load_teacher(cell.teacher, None, None)
-        examples = read_split(cell.data, recipe, "validation")
-        found = sensitivity(teacher, tokenizer, examples, recipe, score_outputs=True, limit=recipe.dev_subset)
+        found = sensitivity(cell.teacher, cell.data, recipe, score_outputs=True, limit=recipe.dev_subset)
         for row in found:
             ledger.add(
                 {"task": cell.key["task"], "numerics": cell.key["numerics"], "metric": MAIN[recipe.scored_by], **row}

@@ -139,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--data", required=True, help="as for compress; its validation split is read, or the one file")
     _add_recipe_flags(verb)
     verb.add_argument("--per", choices=("layer", "module"), default="layer", help="what is a part (layer)")
-    verb.add_argument("--score", action="store_true", help="decode with each part, too: points of score lost")
+    verb.add_argument("--score", action="store_true", help="score with each part, too: points lost")
     verb.add_argument("--limit", type=int, default=200, help="a fixed sample of this many examples (200)")
     verb.add_argument("--save", metavar="FOLDER", help="put it into the report.json of this packed folder")
     verb.add_argument("--device", help="cpu or cuda")
@@ -299,17 +299,16 @@ def run_bench(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_sensitivity(args: argparse.Namespace) -> dict[str, Any]:
-    from dqbart.data.splits import read_split
-    from dqbart.evaluation.recorded import record
-    from dqbart.evaluation.sensitivity import lines, sensitivity
-    from dqbart.teacher import load_teacher
+    from dqbart.evaluation.recorded import read_report, record
+    from dqbart.tasks.sensitivity import lines, sensitivity
 
     recipe, run = recipe_and_run(args)
     if args.save:
-        record(args.save)  # now, not after hours
-    teacher, tokenizer, _ = load_teacher(run["teacher"], None, args.device)
-    examples = read_split(run["data"], recipe, "validation")
-    rows = sensitivity(teacher, tokenizer, examples, recipe, per=args.per, score_outputs=args.score, limit=args.limit)
+        read_report(args.save)  # it is there: said now, not after the work
+    rows = sensitivity(
+        run["teacher"], run["data"], recipe, per=args.per, score_outputs=args.score, limit=args.limit,
+        device=args.device,
+    )  # fmt: skip
     for line in lines(rows):
         print(line)
     if args.save:

@@ -4,6 +4,7 @@ Which of transformers' classes it becomes is decided by the task; without one, b
 by what it says it is.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def load_teacher(
         model = teacher
         _check_config(getattr(model, "config", None), type(model).__name__)
         task = task or _task_of(type(model).__name__, model.config)
-        model = model.float()
+        model = copy.deepcopy(model).float()  # the user's own stays as it is
     if isinstance(tokenizer, str | Path):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     if tokenizer is None:

@@ -207,11 +207,12 @@ def _why_not(row: Row) -> str:
 
 
 def sensitivity_section(rows: Sequence[Row], metric: str, how: str) -> Section:
-    """What is lost when only that part is quantized, the worst first: score where it was measured, else loss or KL."""
+    """What is lost when only that part is quantized, the worst first: score if it was measured, or loss, KL, error."""
     title = "What each layer costs"
     measures = {
         "drop": f"{metric} points lost", "more loss": "more loss, nats per token",
         "kl": "KL from the float model, nats per token",
+        "hidden": "error of the last hidden states, as a share of them",
     }  # fmt: skip
     rows = [
         r | ({"more loss": r["loss"] - r["loss_float"]} if {"loss", "loss_float"} <= r.keys() else {}) for r in rows
