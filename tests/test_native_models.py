@@ -3,7 +3,9 @@
 import copy
 import logging
 import os
+import pickle
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +172,32 @@ def test_a_relative_folder_is_found_from_elsewhere(folder: Path, bert: Path, mon
     monkeypatch.chdir("/")
     assert len(text.generate(**BATCH, renormalize_logits=True, max_length=5)) == 2
     assert encoder(**BATCH, output_attentions=True).attentions is not None
+
+
+def test_pickles_read_their_folder_again(folder: Path, bert: Path, tmp_path: Path) -> None:
+    text, encoder = load(folder, threads=1), load(bert)
+    text.generation_config.max_length = 5
+    text.generate(**BATCH, renormalize_logits=True)  # wakes the torch engine, which stays out of it
+    with torch.no_grad():
+        encoder.classifier.weight.mul_(2)  # the head is transformers' own
+        encoder(**BATCH, output_attentions=True)
+        for one in (text, encoder):
+            (tmp_path / "model.pkl").write_bytes(pickle.dumps(one))
+            call = "generate(**BATCH)" if one is text else "forward(**BATCH).logits"
+            code = (
+                "import pickle, sys, torch; from test_native_models import BATCH; torch.set_grad_enabled(False); "
+                f"torch.save(pickle.load(open(sys.argv[1], 'rb')).{call}, sys.argv[2])"
+            )
+            command = [sys.executable, "-c", code, str(tmp_path / "model.pkl"), str(tmp_path / "found.pt")]
+            subprocess.run(command, check=True, timeout=120, cwd=Path(__file__).parent)
+            want = one.generate(**BATCH) if one is text else one(**BATCH).logits
+            torch.testing.assert_close(torch.load(tmp_path / "found.pt"), want)
+    assert pickle.loads(pickle.dumps(text)).runner.threads == 1 and len(pickle.dumps(encoder)) < 100_000
+    shutil.copytree(bert, tmp_path / "moved")
+    saved = pickle.dumps(load(tmp_path / "moved"))
+    shutil.rmtree(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="moved"):
+        pickle.loads(saved)
 
 
 def test_encoders_casts_masks_copies_and_config(bert: Path, tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ class CpuRunner:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self  # a model that nothing changes serves copies, too
 
+    def __reduce__(self) -> Any:
+        return CpuRunner, (self.threads,)  # whoever unpickles it reads the folder again
+
     def reason(self) -> str | None:
         return cpu.reason()
 

@@ -7,7 +7,7 @@ engine, loaded when it is needed, and is said. Rejected: native classifiers, whi
 """
 
 import logging
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dqbart.architectures import first_position
-from dqbart.engines.native import Runner, check_ids, check_runs, open_native
+from dqbart.engines.native import Runner, check_ids, check_runs, open_native, read_again
 from dqbart.packed import shards
 from dqbart.packed.verify import build_skeleton, read_config, read_spec
 
@@ -57,6 +57,14 @@ class NativeBase:
         hidden_BLD = self.runner.hidden(input_ids, lengths_B, token_type_ids)
         output = self._output(hidden_BLD.to(self.dtype))
         return output.to_tuple() if return_dict is False else output
+
+    def __reduce__(self) -> Any:
+        """For copies and pickles, which the layers are not part of."""
+        return _empty, (type(self).__mro__[2],), self.__dict__ | {"_torch_base": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        read_again(self.folder, self.runner)
 
     @property
     def device(self) -> torch.device:
@@ -140,12 +148,22 @@ def load_encoder(folder: str | Path, runner: Runner) -> Any:
     missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if missing:
         raise ValueError(f"{folder}: tensor {missing[0]}: the native engine doesn't know where it comes from")
-    base.__class__ = type(f"Native{type(base).__name__}", (NativeBase, type(base)), {})
+    kind: Any = type(base)
+    base.__class__ = _native(kind)
     base.runner, base.folder, base._said = runner, folder, set()
     base.register_buffer("_cast", torch.empty(0, device=runner.device), persistent=False)
     for name in ("save_pretrained", "push_to_hub"):  # of what torch holds they would make a model without layers
         setattr(model, name, partial(_refuse, f"{name}: {folder} is the model; copy it, or load with engine='torch'"))
     return model.eval()
+
+
+@cache
+def _native(kind: Any) -> Any:
+    return type(f"Native{kind.__name__}", (NativeBase, kind), {})
+
+
+def _empty(kind: Any) -> Any:
+    return kind.__new__(_native(kind))
 
 
 def _refuse(words: str, *args: Any, **kwargs: Any) -> None:

@@ -22,7 +22,7 @@ from dqbart.packed import shards
 from dqbart.packed.layout import FIELD_BITS, as_bytes, as_words, pack, unpack_trits
 from dqbart.packed.skeleton import expected_tensors
 from dqbart.packed.spec import PackedSpec
-from dqbart.packed.verify import check_files, model_config, read_config, read_spec
+from dqbart.packed.verify import build_skeleton, check_files, model_config, read_config, read_spec
 from dqbart.quant.narrow import FIELD
 from dqbart.quant.sharing import places
 
@@ -236,6 +236,15 @@ def open_native(
                 model.set_vector(f"{native_name(family, place)}.{leaf}" if known else name, values)
     model.finish()
     return model, tensors
+
+
+def read_again(folder: Path, runner: Runner) -> None:
+    """Give an unpickled runner its model. Raises as `check_runs` and `open_native` do."""
+    if not hasattr(runner, "model"):
+        check_runs(runner, folder)
+        config = read_config(folder)
+        spec = read_spec(folder, config)
+        open_native(folder, spec, build_skeleton(folder, config, spec), runner.make)
 
 
 def _seq2seq(skeleton: Any) -> tuple[dict[str, int], float, float]:

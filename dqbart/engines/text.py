@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dqbart.data.decoding import IMPLEMENTATION_SETTINGS, SAMPLING_SETTINGS
-from dqbart.engines.native import Runner, check_ids, check_runs, open_native
+from dqbart.engines.native import Runner, check_ids, check_runs, open_native, read_again
 from dqbart.packed.verify import build_skeleton, read_config, read_generation_config, read_spec
 
 log = logging.getLogger("dqbart")
@@ -64,6 +64,13 @@ class TextModel:
         open_native(self.folder, spec, self._skeleton, runner.make)
         self._torch_model: Any = None
         self._said: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_torch_model": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        read_again(self.folder, self.runner)
 
     @property
     def device(self) -> torch.device:

@@ -24,6 +24,9 @@ class GpuRunner:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self  # a model that nothing changes serves copies, too
 
+    def __reduce__(self) -> Any:
+        return GpuRunner, (self.device,)  # whoever unpickles it reads the folder again
+
     def reason(self) -> str | None:
         return gpu.reason(self.device)
 
