@@ -138,15 +138,23 @@ def measure(ledger: Ledger, phases: int, programs: int, device: torch.device, na
     """All ways side by side, in turns, into the ledger; how many chains were wrong."""
     chains = [Chain(what, reload, phases, programs, device)
               for what in WAYS for reload in (False, True)]  # fmt: skip
-    runs = [replay(chain.launch) for chain in chains]
-    times: list[list[float]] = [[] for _ in chains]
+    runs, failed = {}, {}
+    for i, chain in enumerate(chains):
+        try:
+            runs[i] = replay(chain.launch)
+        except Exception as error:  # a way that this GPU or Triton hasn't is one row of the table
+            failed[i] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    times: dict[int, list[float]] = {i: [] for i in runs}
     for _ in range(ROUNDS):
-        for run, found in zip(runs, times, strict=True):
-            found.append(microseconds(run, REPLAYS) / phases)
+        for i, run in runs.items():
+            times[i].append(microseconds(run, REPLAYS) / phases)
     wrong = 0
-    for chain, found in zip(chains, times, strict=True):
+    for i, chain in enumerate(chains):
         row = dict(zip(KEYS, (name, chain.what, chain.reload, phases), strict=True)) | dict(programs=programs)
-        if chain.is_right(1 + ROUNDS * REPLAYS):  # capturing launches nothing
+        found = times.get(i, [])
+        if i in failed:
+            row |= dict(error=failed[i])
+        elif chain.is_right(1 + ROUNDS * REPLAYS):  # capturing launches nothing
             row |= dict(us=statistics.median(found), fastest=min(found), slowest=max(found), rounds=ROUNDS)
         else:
             wrong += 1
@@ -173,8 +181,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         here = [row for row in rows if (row["device"], row["phases"]) == (device, phases)]
         lines = []
         for what in dict.fromkeys(row["what"] for row in here):
-            cells = {row["reload"]: "WRONG" if "wrong" in row else f"{row['us']:.2f}" for row in here
-                     if row["what"] == what}  # fmt: skip
+            cells = {row["reload"]: row.get("error") or ("WRONG" if "wrong" in row else f"{row['us']:.2f}")
+                     for row in here if row["what"] == what}  # fmt: skip
             lines.append([what, cells.get(False), cells.get(True)])
         title = f"{device}: {phases} phases of {here[0]['programs']} programs, us a phase"
         parts.append(f"{title}\n\n{markdown(['phase', 'empty', 'reload'], lines)}\n\nVerdict: {verdict(here)}.\n")

@@ -141,7 +141,10 @@ def describe_run() -> dict[str, Any]:
 def _commit() -> str | None:
     """Short hash, with + where files differ from it; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    try:
+        found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    except OSError:  # no git here
+        return None
     if found.returncode:
         return None
     dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()

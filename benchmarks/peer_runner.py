@@ -134,6 +134,13 @@ def onnxruntime_loader(variant: str, folder: Path, threads: int, device: str) ->
     return packages, lambda: TorchRunner(cls.from_pretrained(folder, session_options=session, **options))
 
 
+def version_of(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # on PYTHONPATH alone
+        return str(getattr(sys.modules.get(name), "__version__", "unknown"))
+
+
 def dqbart_loader(variant: str, folder: Path, threads: int, device: str) -> Loader:
     import dqbart
 
@@ -317,7 +324,7 @@ def main() -> int:
         start = time.perf_counter()
         runner = load()
         load_s = time.perf_counter() - start
-        version = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+        version = ", ".join(f"{name} {version_of(name)}" for name in packages)
     except Exception as error:  # whatever a library raises is this peer's result
         say({"error": one_line(error)})
         return 1

@@ -162,10 +162,10 @@ class Session:
         return cls(model, made, model._loop(made, beams, beams, tokens, 1, None), beams, tokens)
 
     def prefill(self) -> None:
-        self.batch.run._run()
+        self.batch.launches()
 
     def step(self) -> None:
-        self.model._step(self.batch, self.loop, self.beams, None)
+        self.model._step(self.batch, self.loop, self.beams)
 
     def restart(self) -> None:
         """Before the first step, with nothing that could end before the last."""

@@ -108,14 +108,17 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
     table = dict(id="i32", type="i32", step="i32", packed="u8", token_scale="fp32", types="fp32", positions="fp32")
     for bits in (8, 2):
         yield f"embed bits {bits}", rows._embed, table | pointers, dict(BITS=bits, BD=1024), options
-    for bits, k, normed in ((8, 1024, True), (2, 768, True), (2, 4096, False), (1, 4096, False)):
+    for bits, k, normed, bm, bn in (
+        (8, 1024, True, 8, 8), (2, 768, True, 8, 8), (2, 4096, False, 8, 8), (1, 4096, False, 8, 8),
+        (8, 1024, True, 4, 16), (2, 4096, False, 4, 16),
+    ):  # fmt: skip
         constants = dict(
-            BITS=bits, FIELD=products.FIELD[bits], BM=8, BN=8, BW=triton.next_power_of_2(k * bits // 8), ACTIVATION=0
+            BITS=bits, FIELD=products.FIELD[bits], BM=bm, BN=bn, BW=triton.next_power_of_2(k * bits // 8), ACTIVATION=0
         )
         types = dict(x="fp32", w="u8", w_scale="fp32", w_bias="fp32", residual="fp32", y="fp32")
         types |= dict(weight="fp32", bias="fp32", h="fp32") if normed else {}
         some = dict(num_warps=8, enable_fp_fusion=False)
-        yield f"one_shot_matmul bits {bits} k {k}", one_shot._one_shot_matmul, types, constants, some
+        yield f"one_shot_matmul bits {bits} k {k} tile {bm} x {bn}", one_shot._one_shot_matmul, types, constants, some
     for bm, bn, warps in ((16, 16, 2), (128, 128, 8)):
         constants = dict(BITS=4, FIELD=4, BM=bm, BN=bn, BW=64, SWAP=bm > 16, ACTIVATION=0, KIND=1)
         types = dict(a="bf16", w="u8", w_scale="fp32", bias="fp32", residual="bf16", y="bf16")

@@ -71,6 +71,16 @@ def test_hidden_states_and_pooled_output(
         torch.testing.assert_close(found.pooler_output, want.pooler_output, rtol=1e-6, atol=1e-6)
 
 
+def test_small_activations(tmp_path: Path) -> None:
+    """What is added to a small variance is the same number everywhere, an fp32 one."""
+    config = tiny_encoder("bert").config
+    config.initializer_range, config.layer_norm_eps = 0.01, 1e-5
+    folder = save_packed(prepare(BertModel(config).eval(), "8-8-8"), tmp_path / "m")
+    batch = token_batch([60] * 4)
+    with torch.no_grad():
+        assert torch.equal(*(model(**batch).last_hidden_state for model in (load(folder), load_packed(folder))))
+
+
 def test_token_types(tmp_path: Path) -> None:
     folder = saved(base_of("bert"), tmp_path / "m")
     fast, slow, batch = load(folder), load_packed(folder), token_batch([12, 7])

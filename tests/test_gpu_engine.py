@@ -1,6 +1,7 @@
 """Engine `triton` behind load, warmup, doctor and bench: what it says where it can't run. Models: test_gpu_model.py."""
 
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ def test_warmup_and_doctor(
     monkeypatch.setattr(gpu_model, "TOKENS", 4)
     assert main(["warmup", str(folder), "--device", DEVICE, "--source-length", "5", "--beams", "1", "2"]) == 0
     out, err = capsys.readouterr()
-    assert '"calls": 8' in out and "8 tokens, 1 texts, 2 beams" in err  # buckets 4 and 8, with and without rules
+    # sources of 4 and 8 tokens, with and without rules; outputs of up to 32 and 64, and a sample
+    assert '"calls": 13' in out and "8 tokens, 1 texts, 2 beams" in err
     encoder = saved(base_of("bert"), tmp_path / "bert", "2-2-8")
     assert main(["warmup", str(encoder), "--device", DEVICE, "--source-length", "3"]) == 0
     assert '"calls": 1' in capsys.readouterr().out
@@ -140,6 +142,29 @@ def test_warmup_and_doctor(
     assert "beams [0]: expected numbers from 1 on" in capsys.readouterr().err
     assert main(["doctor"]) == 0
     assert "engine triton: " in capsys.readouterr().out
+
+
+def test_buffers_made_in_inference_mode_serve_outside(folder: Path, tmp_path: Path) -> None:
+    model = TextModel(folder, GpuRunner(DEVICE))
+    encoder = load(saved(base_of("bert"), tmp_path / "bert", "2-2-8"), engine="triton", device=DEVICE)
+    batch = {name: tensor.to(DEVICE) for name, tensor in token_batch([4, 3]).items()}
+    with torch.inference_mode():
+        inside = model.generate(**batch), encoder(**batch).last_hidden_state
+    with torch.no_grad():
+        outside = model.generate(**batch), encoder(**batch).last_hidden_state
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
+def test_forgotten_graphs_are_gone(folder: Path) -> None:
+    runner = GpuRunner(DEVICE)
+    model = TextModel(folder, runner)
+    model.generate(**token_batch([4, 3]))
+    (batch,) = runner.model._batches._items.values()
+    gone = weakref.ref(batch)
+    del batch
+    runner.model.forget()
+    assert gone() is None and len(runner.model._batches) == 0
+    assert len(model.generate(**token_batch([4, 3]))) == 2
 
 
 def test_the_last_graphs_are_kept() -> None:

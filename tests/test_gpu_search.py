@@ -126,12 +126,12 @@ def test_samples_are_those_of_the_cpu_engine(pair: Any) -> None:
 
 def test_sampling_follows_the_distribution() -> None:
     scores = torch.tensor([[1.0, -torch.inf, 3.0, 2.0]]).repeat(4000, 1).to(DEVICE)
-    tokens, best = sample(scores, streams(3, 4000).to(DEVICE), Sampling(temperature=2.0))
+    tokens, best = sample(scores, streams(3, 4000).to(DEVICE), Sampling(temperature=2.0).numbers(DEVICE))
     share = torch.bincount(tokens[:, 0].cpu(), minlength=4) / 4000
     want = torch.tensor([1.0, -torch.inf, 3.0, 2.0]).div(2).softmax(0)
     assert (share - want).abs().max() < 0.03 and share[1] == 0 and (best == 1.5).all()
     for cut, allowed in ((Sampling(top_k=2), {2, 3}), (Sampling(top_p=0.5), {2}), (Sampling(top_p=0.67), {2, 3})):
-        tokens, _ = sample(scores, streams(5, 4000).to(DEVICE), cut)
+        tokens, _ = sample(scores, streams(5, 4000).to(DEVICE), cut.numbers(DEVICE))
         assert set(tokens[:, 0].tolist()) == allowed
     state = streams(11, 3)
     assert len({float(x) for _ in range(4) for x in uniform(state)}) == 12

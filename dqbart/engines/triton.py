@@ -1,5 +1,6 @@
 """The GPU engine: Triton kernels in CUDA graphs, on NVIDIA and AMD GPUs."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ class GpuRunner:
     def make(self, sizes: dict[str, int], embed_scale: float, eps: float) -> "Model":
         from dqbart_kernels.gpu.model import Model
 
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())  # which may be another one later
         self.model = Model(sizes, embed_scale, eps, self.device)
         return self.model
 
@@ -54,10 +57,9 @@ class GpuRunner:
 
     def _with_room(self, call: Any, shape: tuple[int, ...], *arguments: Any, **options: Any) -> Any:
         """The call; where memory is out, once more without the graphs of earlier sizes."""
-        try:
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
             return call(*arguments, **options)
-        except torch.cuda.OutOfMemoryError:
-            self.model.forget()
+        self.model.forget()  # here: an exception holds on to what its frames had
         try:
             return call(*arguments, **options)
         except torch.cuda.OutOfMemoryError as error:

@@ -21,8 +21,9 @@ def warm_up(
     source_length: int | None = None,
 ) -> dict[str, Any]:
     """Run every bucket up to `source_length` tokens (default: all that the model has) at these widths, with the
-    folder's own generation settings and without. Returns {"calls", "seconds", "cache"}.
+    folder's own generation settings and without; of the shortest also all lengths of output, and a sample.
 
+    Returns {"calls", "seconds", "cache"}.
     Raises `ValueError` where the engine can't run, or for lengths that the model hasn't.
     """
     import torch
@@ -42,11 +43,15 @@ def warm_up(
         raise ValueError(f"source_length {longest}: expected 1 to {room}")
     runner = model.runner if writes else model.base_model.runner
     calls, start = 0, time.perf_counter()
+    settings: list[dict[str, Any]] = [{}]
+    if writes:
+        settings.append({"forced_bos_token_id": None, "forced_eos_token_id": None})
+    first = [{"max_length": most + 1} for most in runner.model.step_buckets()] + [{"do_sample": True}] if writes else []
     for length in runner.model.buckets(longest):
         for batch in batch_sizes:
             ids = torch.full((batch, length), 5, device=device)
             for width in beams if writes else (0,):
-                for rules in ({}, {"forced_bos_token_id": None, "forced_eos_token_id": None}) if writes else ({},):
+                for rules in [*settings, *first[: len(first) - (width > 1)]]:  # beams are not sampled
                     print(f"\r{length} tokens, {batch} texts, {width or 'no'} beams ...", end="", file=sys.stderr)
                     if writes:
                         model.generate(input_ids=ids, num_beams=width, **rules)
@@ -54,5 +59,6 @@ def warm_up(
                         with torch.no_grad():
                             model(input_ids=ids)
                     calls += 1
+        first = []
     print(file=sys.stderr)
     return {"calls": calls, "seconds": round(time.perf_counter() - start, 1), "cache": knobs.cache.dir}

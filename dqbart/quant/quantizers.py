@@ -155,7 +155,8 @@ class PaperQuantizer(Quantizer):
 
 def _symmetric(x: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
     peak = x.abs().amax(-1, keepdim=True).clamp_min_(TINY)
-    return (x * (qmax / peak)).round_(), peak / qmax  # torch takes qmax / peak as (1 / peak) * qmax; so do all engines
+    # torch takes qmax / peak as (1 / peak) * qmax, and so do all engines; by a Python number it divides on CPUs alone
+    return (x * (qmax / peak)).round_(), peak / torch.full_like(peak, qmax)
 
 
 def _mean_magnitude(x: Tensor) -> Tensor:

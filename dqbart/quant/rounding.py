@@ -10,6 +10,7 @@ engine's time) and a wider quantization step (the tie only moves).
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -61,7 +62,8 @@ class RoundedOnceLayerNorm(nn.LayerNorm):
         if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
             return super().forward(input)
         weight, bias = self.weight.double(), None if self.bias is None else self.bias.double()
-        return F.layer_norm(input.double(), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
+        eps = float(np.float32(self.eps))  # as the engines take it
+        return F.layer_norm(input.double(), self.normalized_shape, weight, bias, eps).to(input.dtype)
 
 
 class FixedOrderGELU(nn.Module):

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dqbart_kernels.gpu.decode import exponential, quantize_rows
+from dqbart_kernels.gpu.products import quotient
 
 LARGEST = tl.constexpr(127 * 257)
 AT_ONCE = 512  # keys whose scores few rows keep in registers; 1,024 spill
@@ -199,7 +200,7 @@ def quantize_heads_reference(x_BSN: Tensor, heads: int, width: int, transposed: 
     x = x_BSN[..., : heads * width].reshape(b, s, heads, width).transpose(1, 2)
     peak = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
     codes = (x * (peak.reciprocal() * 127)).round().to(torch.int8)
-    return codes.transpose(2, 3).contiguous() if transposed else codes, (peak / 127)[..., 0]
+    return codes.transpose(2, 3).contiguous() if transposed else codes, quotient(peak, 127)[..., 0]
 
 
 def _wide(width: int) -> int:

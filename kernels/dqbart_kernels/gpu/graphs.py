@@ -5,8 +5,11 @@ longer than they run. A graph is bound to the memory it was captured with, so it
 fills, and what it returns is written anew by every replay.
 """
 
+import contextlib
+import functools
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -15,24 +18,54 @@ T = TypeVar("T")
 MOST = 32  # of each kind that are kept
 
 
+@functools.cache
+def _side(device: torch.device) -> Any:
+    """The stream of all captures on a device: memory that one frees goes to the next of the same stream."""
+    return torch.cuda.Stream(device)
+
+
+@functools.cache
+def _turns(device: torch.device) -> tuple[threading.RLock, list[Any]]:
+    return threading.RLock(), []
+
+
+@contextlib.contextmanager
+def turn(device: torch.device) -> Iterator[None]:
+    """Whoever uses a device's scratch, or buffers of a graph: one after the other, on whatever thread and stream."""
+    lock, last = _turns(device)
+    with lock:
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(device):
+            if last:
+                torch.cuda.current_stream().wait_event(last[0])
+            try:
+                yield
+            finally:
+                last[:] = [torch.cuda.current_stream().record_event()]
+
+
 class Recorded(Generic[T]):
     """`run` captured on `device`, after one run that compiles its kernels. Graphs of one `pool` never run at once."""
 
     def __init__(self, run: Callable[[], T], device: torch.device, pool: Any = None) -> None:
-        self._run, self._graph = run, None
+        self._run: Callable[[], T] | None = run
         if device.type != "cuda":
             return
-        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        current, side = torch.cuda.current_stream(device), _side(device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
             run()
         current.wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # other threads may go on with their own work meanwhile
+        with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             self._result = run()
+        self._run = None  # it may hold what holds this graph
 
     def __call__(self) -> T:
-        if self._graph is None:
+        if self._run is not None:
             return self._run()
         self._graph.replay()
         return self._result

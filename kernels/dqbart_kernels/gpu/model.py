@@ -8,7 +8,7 @@ Shape suffixes: B sources, S their tokens, R rows (hypotheses) of all sources.
 """
 
 import contextlib
-import threading
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ import triton
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dqbart_kernels.gpu.graphs import Kept, Recorded
+from dqbart_kernels.gpu.graphs import Kept, Recorded, turn
 from dqbart_kernels.gpu.head import LARGEST_K, tile_stats, top_tokens
 from dqbart_kernels.gpu.passes import Passes, Sources, State
 from dqbart_kernels.gpu.rules import Rules, apply_rules
@@ -39,6 +39,7 @@ class _Batch:
     ids_BS: Tensor
     types_BS: Tensor | None
     length_B: Tensor
+    launches: Callable[[], Any]
     run: Recorded[Any]
     result: Any = None
     loops: "Kept[_Loop]" = field(default_factory=Kept)
@@ -52,28 +53,36 @@ class _Loop:
     search: Search
     rules: Rules | None
     random_R: Tensor
+    sampling_3: Tensor | None  # of `Sampling`
     step: Recorded[None] | None = None
 
 
 class Model(Passes):
-    """`Passes` for whole calls. One runs at a time; from other threads, the next one waits."""
+    """`Passes` for whole calls. One at a time runs on a device; from other threads, the next one waits."""
 
     def __init__(self, sizes: dict[str, int], embed_scale: float, eps: float, device: torch.device | str) -> None:
         super().__init__(sizes, embed_scale, eps, device)
         self._batches: Kept[_Batch] = Kept()
-        self._lock = threading.Lock()
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self._pool = self._new_pool()
+
+    def _new_pool(self) -> Any:
+        return torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     @contextlib.contextmanager
     def _alone(self) -> Any:
-        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
-        with self._lock, on_device, torch.no_grad():
+        # buffers that inference mode makes could not be filled outside of it
+        with turn(self.device), torch.inference_mode(False), torch.no_grad():
             yield
 
     def buckets(self, longest: int) -> list[int]:
         """The lengths that sources of up to `longest` tokens are padded to."""
         room = self.sizes["encoder_positions"] - self.sizes["position_offset"]
         return sorted({_bucket(length, TOKENS, room) for length in range(1, longest + 1)})
+
+    def step_buckets(self) -> list[int]:
+        """How many steps of a decoder there is room for in one loop."""
+        room = self.sizes["decoder_positions"] - self.sizes["position_offset"]
+        return sorted({_bucket(steps, STEPS, room) for steps in range(1, room + 1)})
 
     def hidden(self, ids_BS: Tensor, length_B: Tensor, types_BS: Tensor | None = None) -> Tensor:
         """Last hidden states fp32 [B, S, D] of the encoder on the device, zeros behind each source's `length_B` tokens.
@@ -94,7 +103,8 @@ class Model(Passes):
     def forget(self) -> None:
         """Give the memory of all captured graphs back."""
         with self._alone():
-            self._batches = Kept()
+            self._batches, self._pool = Kept(), self._new_pool()
+        gc.collect()  # a batch's loops refer to it
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -129,17 +139,19 @@ class Model(Passes):
             raise ValueError(f"num_return_sequences {num_return_sequences} of {num_beams} beams: out of range")
         if keep(num_beams, len(eos)) > LARGEST_K:
             raise ValueError(f"num_beams {num_beams}: expected at most {most_beams(len(eos))}")
-        asked = Rules.of(vocabulary, self.device, max_length=max_length, eos=eos, **rules)
         sampling = Sampling(temperature, top_k, top_p) if do_sample else None
         count, copies = len(sources), num_return_sequences if num_beams == 1 else num_beams
         ids_BS, length_B = _padded(sources)
         with self._alone():
+            asked = Rules.of(vocabulary, self.device, max_length=max_length, eos=eos, **rules)
             batch = self._batch(ids_BS, length_B, None, decoder=True)
             steps = _bucket(max_length - 1, STEPS, room)
-            key = copies, num_beams, steps, len(eos), asked and asked.shape, sampling
-            loop = batch.loops.get(key, lambda: self._loop(batch, num_beams, copies, steps, len(eos), asked))
+            key = copies, num_beams, steps, len(eos), asked and asked.shape, sampling is None
+            loop = batch.loops.get(key, lambda: self._loop(batch, num_beams, copies, steps, len(eos), asked, sampling))
             if asked is not None and loop.rules is not None:
                 loop.rules.copy_(asked)
+            if sampling is not None and loop.sampling_3 is not None:
+                loop.sampling_3.copy_(sampling.numbers(self.device))
 
             def start() -> None:
                 loop.state.step.zero_()
@@ -152,7 +164,7 @@ class Model(Passes):
 
             start()
             if loop.step is None:
-                loop.step = Recorded(lambda: self._step(batch, loop, num_beams, sampling), self.device, self._pool)
+                loop.step = Recorded(lambda: self._step(batch, loop, num_beams), self.device, self._pool)
                 start()
             done, stopped = 0, False
             while done < max_length - 1 and not stopped:
@@ -195,7 +207,7 @@ class Model(Passes):
                 x = self.encode(ids, lengths, given)
                 return self.sources(x, lengths, shape[1]) if decoder else x.value.view(*shape, -1)
 
-            return _Batch(ids, given, lengths, Recorded(run, self.device, self._pool))
+            return _Batch(ids, given, lengths, run, Recorded(run, self.device, self._pool))
 
         batch = self._batches.get((shape, types_BS is not None, decoder), make)
         batch.ids_BS[:b, :s].copy_(ids_BS[:, :s])
@@ -206,22 +218,26 @@ class Model(Passes):
         batch.result = batch.run()
         return batch
 
-    def _loop(self, batch: _Batch, beams: int, copies: int, steps: int, ends: int, rules: Rules | None) -> _Loop:
+    def _loop(
+        self, batch: _Batch, beams: int, copies: int, steps: int, ends: int, rules: Rules | None,
+        sampling: Sampling | None = None,
+    ) -> _Loop:  # fmt: skip
         rows = len(batch.ids_BS) * copies
         return _Loop(
             self.state(rows, steps),
             Search.of(rows // beams, beams, steps, ends, self.device),
             rules,
             torch.zeros(rows, dtype=torch.int64, device=self.device),
+            None if sampling is None else sampling.numbers(self.device),
         )
 
-    def _step(self, batch: _Batch, loop: _Loop, beams: int, sampling: Sampling | None) -> None:
+    def _step(self, batch: _Batch, loop: _Loop, beams: int) -> None:
         """One step of all rows."""
         state, search = loop.state, loop.search
         sources: Sources = batch.result
         x = self.decode(sources, state)
         wanted = min(keep(beams, len(search.numbers) - 2), self.sizes["vocabulary"]) if beams > 1 else 1
-        if loop.rules is None and sampling is None:
+        if loop.rules is None and loop.sampling_3 is None:
             values, tokens = self.best_tokens(x, wanted, normalize=beams > 1)
         else:
             scores_RV = self.logits(x)
@@ -230,8 +246,8 @@ class Model(Passes):
                 apply_rules(
                     scores_RV, stats, loop.rules, state.tokens_TR, state.history_RT, state.step, normalize=beams > 1
                 )
-            if sampling is not None:
-                tokens, values = sample(scores_RV, loop.random_R, sampling)
+            if loop.sampling_3 is not None:
+                tokens, values = sample(scores_RV, loop.random_R, loop.sampling_3)
             else:
                 values, tokens = top_tokens(scores_RV, wanted)
         if beams > 1:

@@ -115,7 +115,8 @@ class Passes:
     """
 
     def __init__(self, sizes: dict[str, int], embed_scale: float, eps: float, device: torch.device | str) -> None:
-        self.sizes, self.embed_scale, self.eps, self.device = complete(sizes), embed_scale, eps, torch.device(device)
+        self.sizes, self.embed_scale, self.device = complete(sizes), embed_scale, torch.device(device)
+        self.eps = float(np.float32(eps))  # what kernels get of it; Triton's interpreter would take more
         self.activation = {number: name for name, number in ACTIVATIONS.items()}[self.sizes["activation"]]
         self.heads, self.width = self.sizes["heads"], self.sizes["d"] // self.sizes["heads"]
         self.scaling = float(np.float32(self.width**-0.5))

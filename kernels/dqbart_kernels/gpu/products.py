@@ -12,7 +12,7 @@ partial sums (not deterministic) and unpacking to int8 in memory (four times the
 Shape suffixes: M rows, N output features, K input features, W bytes of a packed row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,10 @@ class Tiles:
     warps: int
     stages: int
 
+    def stage_bytes(self, bits: int) -> int:
+        """Shared memory of one stage: packed weights, and the activations of all their planes."""
+        return self.bw * (self.bn + self.bm * (8 // bits))
+
 
 @triton.jit
 def multiply(
@@ -68,6 +72,7 @@ def multiply(
     PLANES: tl.constexpr = 8 // BITS
     byte = tl.arange(0, BW)
     first_k = byte // BLOCK * (BLOCK * PLANES) + byte % BLOCK  # of plane 0
+    rows_ptr = a_ptr + m.to(tl.int64)[:, None] * lda  # many rows pass 2 GB
     acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.int32 if KIND == EIGHT_BITS else tl.float32)
     for step in range(first, last):
         at = step * BW + byte
@@ -75,7 +80,7 @@ def multiply(
         for i in tl.static_range(PLANES):
             codes = plane(packed, i, BITS, ASM)
             k = step * (BW * PLANES) + first_k + i * BLOCK
-            a = tl.load(a_ptr + m[:, None] * lda + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)
+            a = tl.load(rows_ptr + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)
             if KIND == HALF:
                 codes = codes.to(tl.float32).to(a_ptr.dtype.element_ty)
             elif KIND == HALF_AS_FLOAT:
@@ -140,6 +145,7 @@ def _int8_matmul(
         tl.debug_barrier()  # all of this program's sums before its arrival
         if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS - 1:
             acc = tl.load(sums, mask=inside, other=0, cache_modifier=".cg")
+            tl.debug_barrier()  # threads may store what others load
             tl.store(sums, tl.zeros_like(acc), mask=inside)
             tl.store(arrived_ptr + tile, 0)
             _finish(acc, a_scale_ptr, w_scale_ptr, bias_ptr, residual_ptr, y_ptr, m, n, M, N, ldy, FIELD, ACTIVATION,
@@ -153,7 +159,7 @@ def _finish(
 ):  # fmt: skip
     exact = acc_MN >> FIELD
     inside = (m < M)[:, None] & (n < N)[None, :]
-    at = m[:, None] * ldy + n[None, :]
+    at = m.to(tl.int64)[:, None] * ldy + n[None, :]
     if INTEGERS:
         tl.store(y_ptr + at, exact, mask=inside)
     else:
@@ -161,8 +167,15 @@ def _finish(
         store_result(scale_columns(y, w_scale_ptr, bias_ptr, n, N), residual_ptr, y_ptr, at, inside, ACTIVATION)
 
 
-def choose_tiles(m: int, n: int, w: int, bits: int, processors: int) -> Tiles:
-    """A heuristic, for sizes that no tuned table has: enough programs to fill the chip, K split where M is small."""
+def choose_tiles(m: int, n: int, w: int, bits: int, processors: int, shared: int = 1 << 30) -> Tiles:
+    """A heuristic, for sizes that no tuned table has: enough programs to fill the chip, K split where M is small; as
+    many stages as fit into `shared` bytes.
+    """
+    tiles = _roomy_tiles(m, n, w, bits, processors)
+    return replace(tiles, stages=max(1, min(tiles.stages, shared // tiles.stage_bytes(bits))))
+
+
+def _roomy_tiles(m: int, n: int, w: int, bits: int, processors: int) -> Tiles:
     if m <= 16:
         bn, bw = 16, 128 if w % 128 == 0 else 64
         programs, steps = triton.cdiv(n, bn), triton.cdiv(w, bw)
@@ -194,7 +207,7 @@ def int8_matmul(
     if m == 0 or n == 0:
         return y_MN
     tiles = tiles or tuned.find(_gpu_name(device), "int8_matmul", Tiles, n, k, weight.bits, m)
-    tiles = tiles or choose_tiles(m, n, w, weight.bits, _processors(device))
+    tiles = tiles or choose_tiles(m, n, w, weight.bits, _processors(device), shared_memory(device))
     count = triton.cdiv(m, tiles.bm) * triton.cdiv(n, tiles.bn)
     sums, arrived = _zeros(device, m * n, count) if tiles.splits > 1 else (None, None)
     _int8_matmul[(count, tiles.splits)](
@@ -226,6 +239,11 @@ def int8_matmul_reference(
     if activation != "none":
         y = torch.nn.functional.gelu(y.double(), approximate="none" if activation == "gelu" else "tanh").float()
     return (y if residual_MN is None else residual_MN.float() + y).to(out_dtype)
+
+
+def quotient(x: Tensor, number: float) -> Tensor:
+    """x / number, rounded once, as kernels divide: on GPUs torch multiplies by the reciprocal of a Python number."""
+    return x / torch.full_like(x, number)
 
 
 def unpack(weight: Weight) -> Tensor:
@@ -273,14 +291,22 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have."""
+    if device.type != "cuda":
+        return 1 << 30
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))  # HIP has one
+
+
 def uses_asm(device: torch.device) -> bool:
     """PTX runs on NVIDIA alone; the interpreter, on CPU tensors, runs none."""
     return device.type == "cuda" and torch.version.cuda is not None
 
 
 def _zeros(device: torch.device, sums: int, tiles: int) -> tuple[Tensor, Tensor]:
-    """Scratch that every launch leaves as zeros, so it is never cleared. One per device: launches on several streams
-    at once would share it."""
+    """Scratch that every launch leaves as zeros, so it is never cleared. One per device: what runs there takes turns
+    (`graphs.turn`)."""
     known = _scratch.setdefault(device, [])
     if not known or known[-1][0].numel() < sums or known[-1][1].numel() < tiles:
         sizes = (triton.next_power_of_2(max(1 << 20, sums)), triton.next_power_of_2(max(1 << 14, tiles)))

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dqbart_kernels.gpu.decode import quantize_rows
+from dqbart_kernels.gpu.products import quotient
 
 LONGEST = 8192  # a row must fit in one program's registers
 QMAX = {8: 127, 4: 7, 3: 3, 2: 1, 1: 1}
@@ -112,7 +113,7 @@ def quantize_reference(x: Tensor, bits: int, clip: float | None = None) -> tuple
     magnitude = x.abs()
     if bits > 2:
         peak = magnitude.amax(-1, keepdim=True).clamp_min(1e-30)
-        return (x * (peak.reciprocal() * QMAX[bits])).round().to(torch.int8), peak / QMAX[bits] + strange
+        return (x * (peak.reciprocal() * QMAX[bits])).round().to(torch.int8), quotient(peak, QMAX[bits]) + strange
     scale = magnitude.double().mean(-1, keepdim=True).float()
     codes = (x >= 0).to(torch.int8) * 2 - 1
     if bits == 2:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dqbart_kernels.gpu.decode import BLOCK, quantize_rows
-from dqbart_kernels.gpu.products import Weight, unpack
+from dqbart_kernels.gpu.products import Weight, quotient, unpack
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def norm_and_quantize_reference(
         h_MD = F.layer_norm(x_MD.double(), (d,), weight_D.double(), bias_D.double(), eps).float()
     peak = h_MD.abs().amax(-1, keepdim=True).clamp(min=1e-30)
     codes = (h_MD * (peak.reciprocal() * 127)).round()
-    return codes.to(torch.int8), (peak / 127)[:, 0], h_MD if keep and weight_D is not None else None
+    return codes.to(torch.int8), quotient(peak, 127)[:, 0], h_MD if keep and weight_D is not None else None
 
 
 def embed(

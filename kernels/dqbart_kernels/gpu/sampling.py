@@ -35,6 +35,11 @@ class Sampling:
                 "least 0, and above 0 to 1"
             )
 
+    def numbers(self, device: torch.device) -> Tensor:
+        """float64 [3], where a captured step reads them."""
+        found = [self.temperature, self.top_k, float(np.float32(self.top_p))]
+        return torch.tensor(found, dtype=torch.float64, device=device)
+
 
 def streams(seed: int, rows: int) -> Tensor:
     """int64 [R]: where each row's stream starts."""
@@ -54,16 +59,19 @@ def _shifted(z: Tensor, count: int) -> Tensor:
     return (z >> count) & ((1 << (64 - count)) - 1)
 
 
-def sample(scores_RV: Tensor, state_R: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """A token int32 [R, 1] of each row, and the row's best score fp32 [R, 1]: NaN if one is."""
-    scores, tokens = (scores_RV / sampling.temperature).sort(stable=True, dim=1, descending=True)
-    if 0 < sampling.top_k < scores.shape[1]:
-        scores = scores.masked_fill(scores < scores[:, sampling.top_k - 1 : sampling.top_k], -torch.inf)
+def sample(scores_RV: Tensor, state_R: Tensor, numbers_3: Tensor) -> tuple[Tensor, Tensor]:
+    """A token int32 [R, 1] of each row, and the row's best score fp32 [R, 1]: NaN if one is. `numbers_3`: those of a
+    `Sampling`, on the scores' device.
+    """
+    temperature, top_k, top_p = numbers_3[0].float(), numbers_3[1].long(), numbers_3[2]
+    scores, tokens = (scores_RV / temperature).sort(stable=True, dim=1, descending=True)
+    last_R1 = scores.index_select(1, (top_k - 1).clamp(0, scores.shape[1] - 1)[None])
+    scores = scores.masked_fill((scores < last_R1) & (top_k > 0), -torch.inf)
     weights = (scores.double() - scores[:, :1].double()).exp()
     mass = weights.cumsum(1)
     total = mass[:, -1:]
-    kept = (weights > 0) & (mass - weights < float(np.float32(sampling.top_p)) * total)
-    total = torch.where(kept, mass, 0).amax(1, keepdim=True) if sampling.top_p < 1 else total
+    kept = (weights > 0) & (mass - weights < top_p * total)
+    total = torch.where(top_p < 1, torch.where(kept, mass, 0).amax(1, keepdim=True), total)
     place = (kept & (mass <= uniform(state_R)[:, None] * total)).sum(1)
     place = torch.minimum(place, kept.sum(1) - 1).clamp(min=0)[:, None]
     return tokens.gather(1, place).int(), scores[:, :1]

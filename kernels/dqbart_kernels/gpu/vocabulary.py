@@ -19,10 +19,12 @@ from dqbart_kernels.gpu.head import LARGEST_K, log_sum_exp, pick_best, top_token
 from dqbart_kernels.gpu.products import (
     EIGHT_BITS,
     FIELD,
+    Tiles,
     Weight,
     int8_matmul_reference,
     multiply,
     scale_columns,
+    shared_memory,
     uses_asm,
 )
 
@@ -119,10 +121,12 @@ def best_tokens(
     values = torch.empty((m, k), dtype=torch.float32, device=device)
     if m:
         bm, wide = 16 if m <= 16 else 64, triton.next_power_of_2(tiles)
+        cut = Tiles(bm, TILE, 64, 1, swap=m > 16, warps=4, stages=3)
+        stages = max(1, min(cut.stages, shared_memory(device) // cut.stage_bytes(weight.bits)))
         packed = a_MK, a_scale_M, weight.packed_NW, weight.scale_N, bias_N
         how = dict(BITS=weight.bits, FIELD=FIELD[weight.bits], BN=TILE, BW=64, ASM=uses_asm(device))
         _vocabulary_stats[(tiles, triton.cdiv(m, bm))](
-            *packed, peaks, sums, m, n, weight.k, w, tiles, BM=bm, SWAP=m > 16, num_warps=4, num_stages=3,
+            *packed, peaks, sums, m, n, weight.k, w, tiles, BM=bm, SWAP=cut.swap, num_warps=4, num_stages=stages,
             enable_fp_fusion=False, **how,
         )  # fmt: skip
         _best_tiles[(m, k)](
