@@ -90,6 +90,7 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
     for bm in (16, 64):
         constants = dict(BITS=2, FIELD=6, BM=bm, BN=128, BW=64, SWAP=bm > 16)
         some = dict(num_warps=4, num_stages=3, enable_fp_fusion=False)
+        types |= dict(best="fp32", numbers="i32", step="i32", **{"class": "u8"}) if bm == 64 else {}
         yield f"vocabulary stats {bm}", vocabulary._vocabulary_stats, types, constants, some
     constants = dict(BITS=2, FIELD=6, BN=128, BW=64, BT=512)
     yield "vocabulary best_tiles", vocabulary._best_tiles, types, constants, some

@@ -15,9 +15,10 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 
 from dqbart_kernels import cpu  # noqa: E402
 from dqbart_kernels.gpu import model as gpu_model  # noqa: E402
-from dqbart_kernels.gpu.head import top_tokens  # noqa: E402
+from dqbart_kernels.gpu.head import tile_stats, top_tokens  # noqa: E402
 from dqbart_kernels.gpu.model import Model  # noqa: E402
 from dqbart_kernels.gpu.passes import State  # noqa: E402
+from dqbart_kernels.gpu.rules import apply_rules  # noqa: E402
 from dqbart_kernels.gpu.sampling import Sampling, sample, streams, uniform  # noqa: E402
 
 from dqbart.engines.text import TextModel  # noqa: E402
@@ -50,8 +51,14 @@ class WithTorchLogits(Model):
     def logits(self, x: Any) -> torch.Tensor:
         return x.clone()
 
-    def best_tokens(self, x: Any, k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        return top_tokens(x, k, normalize)
+    def best_tokens(
+        self, x: Any, k: int, normalize: bool, rules: Any = None, step: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if rules is None:
+            return top_tokens(x, k, normalize)
+        scores = x.clone()
+        apply_rules(scores, tile_stats(scores), rules, step, scores.int(), step, normalize)
+        return top_tokens(scores, k)
 
 
 class Runner(GpuRunner):

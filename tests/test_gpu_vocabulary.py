@@ -7,8 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
-from dqbart_kernels.gpu.head import top_tokens  # noqa: E402
+from dqbart_kernels.gpu.head import tile_stats, top_tokens  # noqa: E402
 from dqbart_kernels.gpu.products import Weight, int8_matmul  # noqa: E402
+from dqbart_kernels.gpu.rules import Rules, apply_rules  # noqa: E402
 from dqbart_kernels.gpu.vocabulary import best_tokens, best_tokens_reference  # noqa: E402
 from test_gpu_products import DEVICE, random_case  # noqa: E402
 
@@ -33,6 +34,46 @@ def test_as_from_all_logits(bits: int, m: int, n: int, d: int, k: int) -> None:
             slow = best_tokens_reference(a, scale, matrix, bias, k, normalize)
             assert torch.equal(found[1], slow[1])
             torch.testing.assert_close(found[0], slow[0], rtol=1e-5, atol=1e-5)
+
+
+RULES: list[dict[str, Any]] = [
+    {"suppress": range(128, 260)},  # a whole tile, and more
+    {"min_length": 4, "eos": [5, 140]}, {"begin_suppress": [0, 1, 699], "forced_bos_token": 300},
+    {"forced_eos_token": 150, "suppress": [150]}, {"suppress": range(699)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", RULES, ids=lambda rules: " ".join(rules))
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 9])
+def test_rules_as_on_written_logits(rules: dict[str, Any], length: int) -> None:
+    """Banned tokens are heavy, and would be first; they count in the sum all the same."""
+    m, n, k = 5, 700, 6
+    a, scale, weight, _ = random_case(m, n, 70, 2)
+    bias = torch.zeros(n, device=DEVICE)
+    bias[[*rules.get("suppress", []), *rules.get("eos", [])]] = 50
+    asked = Rules.of(n, DEVICE, max_length=10, **rules)
+    step = torch.tensor([length - 1], dtype=torch.int32, device=DEVICE)
+    for normalize in (False, True):
+        scores = int8_matmul(a, scale, weight, bias)
+        assert asked is not None
+        apply_rules(scores, tile_stats(scores), asked, step, torch.zeros(m, 12), step, normalize)
+        want = top_tokens(scores, k)
+        found = best_tokens(a, scale, weight, bias, k, normalize, asked, step)
+        assert torch.equal(found[1], want[1])
+        torch.testing.assert_close(found[0], want[0], rtol=1e-6 * normalize, atol=1e-5 * normalize)
+    if asked.numbers[2] >= 0 and length == 1 or asked.numbers[3] >= 0 and length == 9:
+        assert (found[0][:, 0] == 0).all() and (found[0][:, 1:] == -torch.inf).all()
+    scale[1] = torch.nan
+    values, _ = best_tokens(a, scale, weight, bias, k, True, asked, step)
+    assert values.isnan().any(1).tolist() == [False, True, False, False, False]
+
+
+def test_rules_that_look_back_are_refused() -> None:
+    a, scale, weight, _ = random_case(2, 300, 64, 2)
+    asked = Rules.of(300, DEVICE, max_length=10, repetition_penalty=1.2)
+    step = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="rules with looks_back True"):
+        best_tokens(a, scale, weight, None, 3, False, asked, step)
 
 
 def test_minus_infinity_and_what_is_not_a_number() -> None:

@@ -237,8 +237,8 @@ class Model(Passes):
         sources: Sources = batch.result
         x = self.decode(sources, state)
         wanted = min(keep(beams, len(search.numbers) - 2), self.sizes["vocabulary"]) if beams > 1 else 1
-        if loop.rules is None and loop.sampling_3 is None:
-            values, tokens = self.best_tokens(x, wanted, normalize=beams > 1)
+        if loop.sampling_3 is None and (loop.rules is None or not loop.rules.looks_back):
+            values, tokens = self.best_tokens(x, wanted, beams > 1, loop.rules, state.step)
         else:
             scores_RV = self.logits(x)
             if loop.rules is not None:

@@ -20,6 +20,7 @@ from dqbart_kernels.gpu.history import Cache, attend_history
 from dqbart_kernels.gpu.one_shot import fits, one_shot_matmul
 from dqbart_kernels.gpu.products import Weight, int8_matmul
 from dqbart_kernels.gpu.rows import embed, norm_and_quantize
+from dqbart_kernels.gpu.rules import Rules
 from dqbart_kernels.gpu.vocabulary import best_tokens
 from dqbart_kernels.sizes import ACTIVATIONS, complete
 
@@ -246,6 +247,9 @@ class Passes:
         """fp32 [R, V] of what `decode` gave."""
         return int8_matmul(*x.codes, self.vocabulary, self._vectors.get("final_logits_bias"))
 
-    def best_tokens(self, x: Rows, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    def best_tokens(
+        self, x: Rows, k: int, normalize: bool, rules: Rules | None = None, step: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The k best logits fp32 [R, k], or their log-probabilities, and the tokens."""
-        return best_tokens(*x.codes, self.vocabulary, self._vectors.get("final_logits_bias"), k, normalize)
+        bias = self._vectors.get("final_logits_bias")
+        return best_tokens(*x.codes, self.vocabulary, bias, k, normalize, rules, step)

@@ -1,7 +1,8 @@
 """What transformers' logits processors do to scores, on the device: tokens that may not come, and repetition penalty.
 
-One launch takes the logits of every row to scores (log-probabilities, for beams) and takes out what the vocabulary's
-classes forbid at this length; where rules look back at what a hypothesis says, a second one changes those few tokens.
+What the vocabulary's classes forbid at a length needs no launch of its own where the best tokens are found without
+writing logits (vocabulary.py). Else one launch takes the logits of every row to scores (log-probabilities, for beams)
+without them; where rules look back at what a hypothesis says, a second one changes those few tokens.
 What depends on a request lies in device memory, not in the launches, so that a captured graph serves any request.
 The order is transformers' (notes of `make_rules` in cpu/src/scores.cpp): a forced token comes before everything.
 
@@ -89,11 +90,22 @@ class Rules:
 
 
 @triton.jit
-def _forced(numbers_ptr, length):
+def forced_token(numbers_ptr, length):
     """The token that must come after `length` tokens, or -1."""
     forced = tl.where(length == 1, tl.load(numbers_ptr + FORCED_BOS), -1)
     last = tl.load(numbers_ptr + FORCED_EOS)
     return tl.where((length == tl.load(numbers_ptr + MAX_LENGTH) - 1) & (last >= 0), last, forced)
+
+
+@triton.jit
+def banned(class_ptr, numbers_ptr, length, token, V):
+    """Which of these tokens may not come after `length` tokens."""
+    kind = tl.load(class_ptr + token, mask=token < V, other=0).to(tl.int32)
+    out = (kind & NEVER) != 0
+    out |= ((kind & TOO_SHORT) != 0) & (length < tl.load(numbers_ptr + SHORTEST))
+    out |= ((kind & AT_BEGINNING) != 0) & (length == tl.load(numbers_ptr + BEGINNING))
+    forced = forced_token(numbers_ptr, length)
+    return tl.where(forced >= 0, token != forced, out)
 
 
 @triton.jit
@@ -111,14 +123,9 @@ def _apply_classes(
         top, log_sum = log_sum_exp(peak_ptr, sum_ptr, row, T, BT)
         x = (x - top) - log_sum
     length = tl.load(step_ptr) + 1
-    kind = tl.load(class_ptr + token, mask=token < V, other=0).to(tl.int32)
-    banned = (kind & NEVER) != 0
-    banned |= ((kind & TOO_SHORT) != 0) & (length < tl.load(numbers_ptr + SHORTEST))
-    banned |= ((kind & AT_BEGINNING) != 0) & (length == tl.load(numbers_ptr + BEGINNING))
-    forced = _forced(numbers_ptr, length)
-    banned = tl.where(forced >= 0, token != forced, banned)
-    x = tl.where((forced >= 0) & (x == x), 0.0, x)
-    tl.store(scores_ptr + row * V + token, tl.where(banned, float("-inf"), x), mask=token < V)
+    x = tl.where((forced_token(numbers_ptr, length) >= 0) & (x == x), 0.0, x)
+    out = banned(class_ptr, numbers_ptr, length, token, V)
+    tl.store(scores_ptr + row * V + token, tl.where(out, float("-inf"), x), mask=token < V)
 
 
 @triton.jit
@@ -137,7 +144,7 @@ def _look_back(
 ):  # fmt: skip
     row, step = tl.program_id(0), tl.load(step_ptr)
     length = step + 1
-    if _forced(numbers_ptr, length) < 0:
+    if forced_token(numbers_ptr, length) < 0:
         scores_ptr += row.to(tl.int64) * V
         t = tl.arange(0, BT)
         said = _said(tokens_ptr, history_ptr, row, t, step, R, T, t <= step)
