@@ -247,16 +247,17 @@ def written_beams(search: Search, tokens_TR: Tensor, sources: int, count: int) -
     """The best `count` texts of each source, from the start token on, and their scores."""
     tokens, parents = tokens_TR.cpu().numpy(), search.parents_TR.cpu().numpy()
     ended, scores = search.ended_BN.cpu().numpy(), search.ended_score_BN.cpu().numpy()
-    rows = []
-    for b in range(sources):
-        for i in range(count):
-            last, row, token = ended[:, b, i]
-            text = [token] if last >= 0 else [tokens[0, 0]]
-            for t in range(last, -1, -1):
-                text.append(tokens[t, row])
-                row = parents[t, row]
-            rows.append(np.array(text[::-1], np.int32))
-    return rows, scores[:sources, :count].reshape(-1)
+    last_N, row_N, token_N = np.array(ended[:, :sources, :count]).reshape(3, -1)  # a copy: rows move
+    said_NT = np.full((len(last_N), len(tokens)), tokens[0, 0], np.int32)
+    for t in range(last_N.max(), -1, -1):  # from each text's last step back, all texts at once
+        there = np.flatnonzero(last_N >= t)
+        said_NT[there, t] = tokens[t, row_N[there]]
+        row_N[there] = parents[t, row_N[there]]
+    texts = [
+        np.append(said[: last + 1], token).astype(np.int32) if last >= 0 else said[:1]
+        for said, last, token in zip(said_NT, last_N, token_N, strict=True)
+    ]
+    return texts, scores[:sources, :count].reshape(-1)
 
 
 def written_rows(search: Search, tokens_TR: Tensor, count: int, steps: int) -> list[np.ndarray]:
