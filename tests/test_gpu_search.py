@@ -131,6 +131,14 @@ def test_samples_are_those_of_the_cpu_engine(pair: Any) -> None:
         assert torch.equal(fast.generate(**moved).cpu(), slow.generate(**call))
 
 
+def test_nothing_left_to_sample(pair: Any) -> None:
+    fast, slow = pair
+    everything = list(range(fast.config.vocab_size))
+    with pytest.raises(ValueError, match="every token is suppressed: nothing is left to sample"):
+        fast.generate(**token_batch([9, 3]), do_sample=True, suppress_tokens=everything)
+    assert len(fast.generate(**token_batch([9, 3]), do_sample=True, max_length=4)) == 2  # and then as before
+
+
 def test_sampling_follows_the_distribution() -> None:
     scores = torch.tensor([[1.0, -torch.inf, 3.0, 2.0]]).repeat(4000, 1).to(DEVICE)
     tokens, best = sample(scores, streams(3, 4000).to(DEVICE), Sampling(temperature=2.0).numbers(DEVICE))

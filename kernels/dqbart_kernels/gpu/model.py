@@ -28,6 +28,7 @@ from dqbart_kernels.gpu.search import Search, advance_beams, advance_rows, keep,
 
 I32 = NDArray[np.int32]
 F32 = NDArray[np.float32]
+STUCK = 2  # in `Search.strange`
 POLL = 8  # steps between two looks at what still runs
 TOKENS, STEPS = 64, 32  # smallest buckets
 
@@ -174,7 +175,10 @@ class Model(Passes):
                     stopped = _hand_out(loop, count * copies, done, on_token)
                 if (done % POLL == 0 or on_token is not None) and not int(loop.search.running):
                     break
-            if int(loop.search.strange):
+            strange = int(loop.search.strange)
+            if strange == STUCK:
+                raise ValueError("every token is suppressed: nothing is left to sample")
+            if strange:
                 raise ValueError("the model's scores are not numbers: its weights are damaged")
             tokens_TR = loop.state.tokens_TR
             if num_beams > 1:
@@ -248,6 +252,8 @@ class Model(Passes):
                 )
             if loop.sampling_3 is not None:
                 tokens, values = sample(scores_RV, loop.random_R, loop.sampling_3)
+                stuck = (values[:, 0] == -torch.inf) & (search.done_B == 0)
+                search.strange.masked_fill_(stuck.any(), STUCK)
             else:
                 values, tokens = top_tokens(scores_RV, wanted)
         if beams > 1:
