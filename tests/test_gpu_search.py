@@ -131,6 +131,20 @@ def test_samples_are_those_of_the_cpu_engine(pair: Any) -> None:
         assert torch.equal(fast.generate(**moved).cpu(), slow.generate(**call))
 
 
+def test_a_call_within_a_call_is_refused(pair: Any) -> None:
+    fast, _ = pair
+
+    class Greedy:
+        def put(self, value: Any) -> None:
+            fast.generate(**token_batch([3]))
+
+        def end(self) -> None: ...
+
+    with pytest.raises(ValueError, match="called by a streamer of another call on .*: wait until that one has ended"):
+        fast.generate(**token_batch([9]), streamer=Greedy())
+    assert len(fast.generate(**token_batch([9]))) == 1
+
+
 def test_nothing_left_to_sample(pair: Any) -> None:
     fast, slow = pair
     everything = list(range(fast.config.vocab_size))

@@ -24,26 +24,33 @@ def _side(device: torch.device) -> Any:
     return torch.cuda.Stream(device)
 
 
+class _Turn:
+    def __init__(self) -> None:
+        self.lock, self.busy, self.last = threading.RLock(), False, None
+
+
 @functools.cache
-def _turns(device: torch.device) -> tuple[threading.RLock, list[Any]]:
-    return threading.RLock(), []
+def _turn_of(device: torch.device) -> _Turn:
+    return _Turn()
 
 
 @contextlib.contextmanager
 def turn(device: torch.device) -> Iterator[None]:
-    """Whoever uses a device's scratch, or buffers of a graph: one after the other, on whatever thread and stream."""
-    lock, last = _turns(device)
-    with lock:
-        if device.type != "cuda":
+    """Whoever uses a device's scratch, or buffers of a graph: one after the other, on whatever thread and stream.
+
+    Raises `ValueError` inside another turn of the same thread.
+    """
+    mine, on_gpu = _turn_of(device), device.type == "cuda"
+    with mine.lock, torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+        if mine.busy:
+            raise ValueError(f"called by a streamer of another call on {device}: wait until that one has ended")
+        mine.busy = True
+        try:
+            if mine.last is not None:
+                torch.cuda.current_stream().wait_event(mine.last)
             yield
-            return
-        with torch.cuda.device(device):
-            if last:
-                torch.cuda.current_stream().wait_event(last[0])
-            try:
-                yield
-            finally:
-                last[:] = [torch.cuda.current_stream().record_event()]
+        finally:
+            mine.busy, mine.last = False, torch.cuda.current_stream().record_event() if on_gpu else None
 
 
 class Recorded(Generic[T]):
