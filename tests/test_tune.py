@@ -100,6 +100,22 @@ def test_wrong_and_impossible_cuts_are_never_chosen(
     assert "is WRONG" in text and "RuntimeError: out of resource" in text
 
 
+def test_a_cut_that_is_wrong_now_and_then_is_never_chosen(
+    small: list[Tiles], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, calls = products.int8_matmul, [0]
+
+    def broken(*arguments: Any, tiles: Tiles, **options: Any) -> Any:
+        calls[0] += tiles.bn == 16
+        return right(*arguments, tiles=tiles, **options) + (tiles.bn == 16 and calls[0] % 20 == 0)
+
+    monkeypatch.setattr(products, "int8_matmul", broken)
+    path = tmp_path / "table.json"
+    done, _, wrong = tune.run(arguments(path), DEVICE, GPU, 132)
+    assert done == 2 and wrong >= 2
+    assert {tiles.bn for tiles in tuned.read(path, "int8_matmul", Tiles).values()} == {32}
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")
 def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main([]) == 2
