@@ -32,7 +32,7 @@ ABLATION: dict[str, dict[str, Any]] = {
 TEXT_RATE, DEEP_TEXT_RATE = 1e-3, 4e-4  # on text; of twelve layers, LayerNorm behind each
 DROPOUT = 0.1  # on tasks; text is seen about once
 SEED = 28  # of everything that is not repeated
-STUDENT_RATE, TEACHER_RATE = 3e-4, 1e-4  # on tasks, by size, as BERT's small models like it
+TASK_RATE = 3e-4  # on tasks, as BERT's small models like it: at 1e-4 the teacher gets 35 % of clinc150, not 62
 
 
 @dataclass(frozen=True)
@@ -205,10 +205,9 @@ class _Maker:
         student: Cell | Shape | None = None, data: Data | None = None, steps: tuple[int, ...] = (), **more: Any,
     ) -> Cell:  # fmt: skip
         """On a task; fine-tuning, if nothing else is said."""
-        teacher = shape == str(self.study.teacher)
         recipe = dict(
             bits=FLOAT, task="classification", method="finetune", max_source_length=self.study.teacher.length,
-            batch_size=32, learning_rate=TEACHER_RATE if teacher else STUDENT_RATE, weight_decay=0.01,
+            batch_size=32, learning_rate=TASK_RATE, weight_decay=0.01,
             warmup_ratio=0.1, dev_subset=1000, seed=seed, dropout=DROPOUT,
         ) | more  # fmt: skip
         shown = dict(part=part, shape=shape, method=label, task=task, seed=seed)
