@@ -86,7 +86,7 @@ def candidates(case: Case, processors: int) -> list[Tiles]:
     """Cuts to try, the rule's first: those that fill the chip, not many times over, and fit into shared memory."""
     from dqbart_kernels.gpu.products import Tiles, choose_tiles
 
-    m, n, w, planes = case.m, case.n, case.w, 8 // case.bits
+    m, n, w = case.m, case.n, case.w
     high = max(16, 1 << (m - 1).bit_length())  # of a tile that holds all rows
     if m <= 16:
         grid = product((16,), (16, 32, 64), (64, 128, 256), (1, 2, 4, 8), (False,), (2, 4), (4,))
@@ -100,12 +100,13 @@ def candidates(case: Case, processors: int) -> list[Tiles]:
     found = {choose_tiles(m, n, w, case.bits, processors): None}
     for bm, bn, bw, splits, swap, warps, stages in (*grid, *more):
         programs, steps = math.ceil(m / bm) * math.ceil(n / bn), math.ceil(w / bw)
-        fits = stages * bw * (bn + bm * planes) <= SHARED and (
+        tiles = Tiles(bm, bn, bw, splits, swap, warps, stages)
+        fits = stages * tiles.stage_bytes(case.bits) <= SHARED and (
             m <= 128 or 64 * 64 <= bm * bn // (warps // 4) <= 128 * 128
         )
         fills = splits == 1 or (programs * splits <= 4 * processors and splits <= steps)
         if fits and fills and bw < 2 * w and bm <= 2 * high and bn < 2 * n:
-            found[Tiles(bm, bn, bw, splits, swap, warps, stages)] = None
+            found[tiles] = None
     return list(found)
 
 

@@ -60,6 +60,10 @@ class Tiles:
         """Shared memory of one stage: packed weights, and the activations of all their planes."""
         return self.bw * (self.bn + self.bm * (8 // bits))
 
+    def within(self, shared: int, bits: int) -> "Tiles":
+        """The same with as many of its stages as fit into `shared` bytes."""
+        return replace(self, stages=max(1, min(self.stages, shared // self.stage_bytes(bits))))
+
 
 @triton.jit
 def multiply(
@@ -171,8 +175,7 @@ def choose_tiles(m: int, n: int, w: int, bits: int, processors: int, shared: int
     """A heuristic, for sizes that no tuned table has: enough programs to fill the chip, K split where M is small; as
     many stages as fit into `shared` bytes.
     """
-    tiles = _roomy_tiles(m, n, w, bits, processors)
-    return replace(tiles, stages=max(1, min(tiles.stages, shared // tiles.stage_bytes(bits))))
+    return _roomy_tiles(m, n, w, bits, processors).within(shared, bits)
 
 
 def _roomy_tiles(m: int, n: int, w: int, bits: int, processors: int) -> Tiles:

@@ -142,15 +142,14 @@ def best_tokens(
     values = torch.empty((m, k), dtype=torch.float32, device=device)
     if m:
         bm, wide = 16 if m <= 16 else 64, triton.next_power_of_2(tiles)
-        cut = Tiles(bm, TILE, 64, 1, swap=m > 16, warps=4, stages=3)
-        stages = max(1, min(cut.stages, shared_memory(device) // cut.stage_bytes(weight.bits)))
+        cut = Tiles(bm, TILE, 64, 1, swap=m > 16, warps=4, stages=3).within(shared_memory(device), weight.bits)
         packed = a_MK, a_scale_M, weight.packed_NW, weight.scale_N, bias_N
         how = dict(BITS=weight.bits, FIELD=FIELD[weight.bits], BN=TILE, BW=64, ASM=uses_asm(device))
         best = peaks if rules is None else torch.empty_like(peaks)
         classes = (None, None, None) if rules is None else (rules.class_V, rules.numbers, step)
         _vocabulary_stats[(tiles, triton.cdiv(m, bm))](
             *packed, peaks, sums, best, *classes, m, n, weight.k, w, tiles, BM=bm, SWAP=cut.swap, num_warps=4,
-            num_stages=stages, enable_fp_fusion=False, **how,
+            num_stages=cut.stages, enable_fp_fusion=False, **how,
         )  # fmt: skip
         _best_tiles[(m, k)](
             *packed, best, *classes, logits, chosen, m, n, weight.k, w, tiles, BT=wide, num_warps=4, num_stages=3,
