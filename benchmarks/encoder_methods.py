@@ -105,7 +105,7 @@ class Workshop:
         report = result.report
         row = cell.shown | {
             "bits": cell.recipe["bits"], "steps": sum(cell.steps), "minutes": report["seconds"]["training"] / 60,
-            "file_bytes": report["sizes"]["file_bytes"],
+            "bf16": recipe["bf16"], "file_bytes": report["sizes"]["file_bytes"],
         }  # fmt: skip
         shutil.rmtree(output.with_name(output.name + ".training"), ignore_errors=True)
         found = report.get("scores", {}).get("student", {}).get("values", {})
