@@ -9,9 +9,10 @@ Problem: one lucky run proves nothing, and a grid takes days, on machines that s
 (grids/first.yaml says how). Each is `dqbart.compress` in its own process, which goes on where it was stopped; dev
 selects the student, test scores it, decoded as its teacher was. A finished cell is a row, a crashed one a row with its
 error until the next run, and what a recipe refuses is listed as not defined. Retention is student / teacher, its
-interval from resampling both together: most of a score's own interval is which examples are in the test set, and these
-are the same. `--sensitivity` trains nothing: each part of the teacher alone at the grid's bits, on the dev set.
-Rejected: scores on dev (it chose the student) and one process for all (memory, threads, and one crash ends all).
+interval from resampling both together (quality_score.py): most of a score's own interval is which examples are in the
+test set, and these are the same. `--sensitivity` trains nothing: each part of the teacher alone at the grid's bits, on
+the dev set. Rejected: scores on dev (it chose the student) and one process for all (memory, threads, and one crash ends
+all).
 """
 
 import argparse
@@ -23,11 +24,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ledger import RESULTS, Ledger, resumable
-from quality_grid import FLOAT, KEYS, MAIN, Cell, Row, fingerprint, read_grid
+from quality_grid import FLOAT, KEYS, MAIN, SCORING, Cell, Row, has_checkpoint, read_grid
 from quality_tables import sensitivity_table
 from quality_tables import table as table  # where every benchmark has it
 
@@ -52,7 +54,7 @@ def state(ledger: Ledger, cell: Cell) -> str:
         return "not defined"
     if row.get("score") is None:
         return "failed" if row.get("error") else "missing"
-    return "done" if fingerprint(cell.teacher) is None or row["settings"] == cell.settings else "other settings"
+    return "done" if not has_checkpoint(cell.teacher) or row["settings"] == cell.settings else "other settings"
 
 
 def start(cell: Cell, cells: Sequence[Cell], ledger: Ledger, args: argparse.Namespace) -> "subprocess.Popen[bytes]":
@@ -139,7 +141,7 @@ def run_grid(cells: Sequence[Cell], ledger: Ledger, args: argparse.Namespace) ->
     tasks = {cell.key["task"] for cell in students}
     teachers = [cell for cell in cells if cell.is_teacher and cell.key["task"] in tasks]
     for cell in teachers:
-        if fingerprint(cell.teacher) is None:
+        if not has_checkpoint(cell.teacher):
             raise FileNotFoundError(
                 f"teacher {str(cell.teacher)!r}: no checkpoint there; train it with benchmarks/teachers.py, or leave "
                 f"out task {cell.key['task']!r} with --only"
@@ -152,7 +154,41 @@ def run_grid(cells: Sequence[Cell], ledger: Ledger, args: argparse.Namespace) ->
     untold = [c for c in teachers if state(ledger, c) != "done" or not (c.folder(args.work) / "row.json").exists()]
     failed = run_cells(untold, cells, ledger, args)
     lost = {cell.key["task"] for cell in teachers if state(ledger, cell) != "done"}
-    return failed + run_cells([cell for cell in students if cell.key["task"] not in lost], cells, ledger, args)
+    failed += run_cells([cell for cell in students if cell.key["task"] not in lost], cells, ledger, args)
+    join_seeds(cells, ledger, args.work)
+    return failed
+
+
+def join_seeds(cells: Sequence[Cell], ledger: Ledger, work: Path) -> None:
+    """Give rows that differ in their seed alone the intervals of their mean, where all they wrote is still there."""
+    from quality_score import intervals, test_set
+
+    def written(cell: Cell) -> list[str] | None:
+        file = cell.folder(work) / "outputs.jsonl"
+        if not file.is_file():
+            return None
+        return [json.loads(line)["output"] for line in file.read_text(encoding="utf-8").splitlines()]
+
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        if not cell.is_teacher and state(ledger, cell) == "done":
+            groups.setdefault(tuple(cell.key[name] for name in KEYS if name != "seed"), []).append(cell)
+    for seeds in groups.values():
+        of = sorted(cell.key["seed"] for cell in seeds)
+        rows = [row_of(ledger, cell) for cell in seeds]
+        if len(seeds) == 1 or all(row.get("seeds") == of for row in rows):
+            continue
+        teacher = next(c for c in cells if c.is_teacher and c.key["task"] == seeds[0].key["task"])
+        theirs, runs = written(teacher), [found for cell in seeds if (found := written(cell)) is not None]
+        if theirs is None or len(runs) < len(seeds):
+            say(f"no interval over seeds for {seeds[0].slug}: {work} hasn't all that was written")
+            continue
+        recipe = Recipe.from_dict(seeds[0].recipe)
+        _, references = test_set(seeds[0].data, recipe, seeds[0].test_examples)
+        score, kept = intervals(recipe, runs, theirs, references)
+        made = {"seeds": of, "seeds_interval": score, "seeds_retention_interval": kept}
+        for row in rows:
+            ledger.add(row | made, ledger.runs[row["run"]])
 
 
 def run_sensitivity(cells: Sequence[Cell], ledger: Ledger, only: str) -> None:
@@ -160,16 +196,20 @@ def run_sensitivity(cells: Sequence[Cell], ledger: Ledger, only: str) -> None:
     from dqbart.tasks.sensitivity import sensitivity
 
     for cell in cells:
-        known = any((row["task"], row["bits"]) == (cell.key["task"], cell.key["bits"]) for row in ledger.rows)
-        if known or cell.is_teacher or cell.refused or cell.key["bits"] == FLOAT or only not in cell.slug:
+        if cell.is_teacher or cell.refused or cell.key["bits"] == FLOAT or only not in cell.slug:
+            continue
+        of = {name: cell.key[name] for name in ("task", "bits")}
+        known = [row for row in ledger.rows if row | of == row]
+        read = (*SCORING, "preset", "bits", "numerics", "probability_bits", "dev_subset")  # of the recipe, here
+        settings = replace(cell, recipe={name: cell.recipe[name] for name in read if name in cell.recipe}).settings
+        if known and (known[0]["numerics"] != cell.key["numerics"] or known[0].get("settings") == settings):
             continue
         recipe = Recipe.from_dict(cell.recipe)
         say(f"{cell.key['task']}, {cell.key['bits']}, {cell.key['numerics']}: one part at a time")
         found = sensitivity(cell.teacher, cell.data, recipe, score_outputs=True, limit=recipe.dev_subset)
         for row in found:
-            ledger.add(
-                {"task": cell.key["task"], "numerics": cell.key["numerics"], "metric": MAIN[recipe.scored_by], **row}
-            )
+            made_with = {"numerics": cell.key["numerics"], "settings": settings, "metric": MAIN[recipe.scored_by]}
+            ledger.add({"task": cell.key["task"]} | made_with | row)
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:

@@ -9,26 +9,22 @@ one process killed for its memory takes the others with it.
 """
 
 import json
-import math
 import os
 import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from quality_grid import MAIN
+from quality_score import intervals, test_set
 from transformers import AutoTokenizer
 
 import dqbart
 from dqbart.data.batches import set_languages
-from dqbart.data.columns import sample
 from dqbart.data.files import load_rows
-from dqbart.data.splits import read_split
 from dqbart.evaluation import metrics
 from dqbart.evaluation.generate import write_outputs
 from dqbart.fitting import resolve
@@ -72,7 +68,7 @@ def _student(cell: Row, recipe: Recipe, folder: Path, device: str) -> Row:
         raise ValueError(f"decoded with {settings}, its teacher with {teacher['generation']}; expected the same")
     del row["definition"]  # the teacher's row has both
     lines = (beside / "outputs.jsonl").read_text(encoding="utf-8").splitlines()
-    interval = retention_interval(recipe, texts, [json.loads(line)["output"] for line in lines], references)
+    _, interval = intervals(recipe, [texts], [json.loads(line)["output"] for line in lines], references)
     report = result.report
     shutil.copy(result.folder / "report.json", folder)
     if not cell["keep"]:
@@ -93,13 +89,9 @@ def _student(cell: Row, recipe: Recipe, folder: Path, device: str) -> Row:
 def _score(model: Any, tokenizer: Any, cell: Row, recipe: Recipe, folder: Path) -> tuple[Row, list[str], Any]:
     """Fields of the score on the test split, what was written, and what is accepted."""
     set_languages(tokenizer, recipe.source_lang, recipe.target_lang)
-    examples = read_split(cell["data"], recipe, "test")
-    if examples.targets is None:
-        raise ValueError(f"data {cell['data']!r}: its test split has no targets; a score needs them")
-    examples = sample(examples, cell["test_examples"] or None)
+    examples, references = test_set(cell["data"], recipe, cell["test_examples"])
     targets = examples.targets or []
     texts, settings = write_outputs(model, tokenizer, examples.sources, resolve(recipe, model.config))
-    references: Any = examples.references or targets
     found = metrics.score(recipe.scored_by, texts, references, language=recipe.written_in, generation=settings)
     with (folder / "outputs.jsonl").open("w", encoding="utf-8") as file:
         for source, reference, output in zip(examples.sources, targets, texts, strict=True):
@@ -110,30 +102,6 @@ def _score(model: Any, tokenizer: Any, cell: Row, recipe: Recipe, folder: Path) 
         "intervals": found.intervals, "examples": found.n, "definition": found.definition, "generation": settings,
     }  # fmt: skip
     return row, texts, references
-
-
-def retention_interval(recipe: Recipe, ours: list[str], theirs: list[str], references: Any) -> list[float] | None:
-    """95 % interval of student / teacher: examples drawn with replacement, the same ones for both.
-
-    None where the teacher may score 0. Raises `ValueError` for lists of different lengths.
-    """
-    value: Callable[[Any], float] = metrics.bleu_of_sums if recipe.scored_by == "bleu" else _only
-
-    def statistics(texts: list[str]) -> Any:
-        if recipe.scored_by == "bleu":
-            return metrics.bleu_statistics(texts, references, language=recipe.written_in)
-        return metrics.rouge_per_example(texts, references, language=recipe.written_in)[MAIN["rouge"]][:, None]
-
-    def ratio(sums: Any) -> float:
-        student, teacher = (value(part) for part in np.split(sums, 2))
-        return student / teacher if teacher else math.nan
-
-    low, high = metrics.bootstrap_interval(np.hstack([statistics(ours), statistics(theirs)]), ratio)
-    return None if math.isnan(low + high) else [low, high]
-
-
-def _only(sums: Any) -> float:
-    return float(sums[0])
 
 
 def interrupt(*_: Any) -> None:

@@ -11,9 +11,13 @@ import itertools
 import json
 from collections.abc import Container
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
+from dqbart.fitting import resolve
 from dqbart.notation import Bits, Layers
 from dqbart.recipe import Recipe, read_yaml
 
@@ -26,7 +30,6 @@ SCORING = (
     "max_source_length", "max_target_length", "generation", "eval_batch_size",
 )  # fmt: skip
 Row = dict[str, Any]
-_fingerprints: dict[Path, str] = {}
 
 
 @dataclass(frozen=True)
@@ -49,25 +52,35 @@ class Cell:
         words = [self.key["task"], TEACHER] if self.is_teacher else [str(self.key[name]) for name in KEYS]
         return "_".join(words).replace(" ", "-")
 
-    @property
+    @cached_property
     def settings(self) -> str:
-        """A short hash of what decides the result and is not in the key."""
-        known = [self.recipe, self.data.name, self.test_examples, fingerprint(self.teacher)]
+        """A short hash of what decides the result and is not in the key: defaults of the code, too."""
+        recipe, teacher = self.recipe, fingerprint(self.teacher, "config.json", "*.safetensors")
+        if teacher is not None and not self.refused:
+            recipe = resolve(Recipe.from_dict(recipe), AutoConfig.from_pretrained(self.teacher)).to_dict()
+        if self.is_teacher:
+            recipe = {name: recipe.get(name) for name in SCORING}
+        known = [recipe, fingerprint(self.data, "*.*"), self.test_examples, teacher]
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
 
     def folder(self, work: Path) -> Path:
         return work / f"{self.slug}.{self.settings}"
 
 
-def fingerprint(teacher: Path) -> str | None:
-    """Hash of a checkpoint's files, read once; None where there is none."""
-    files = [teacher / "config.json", *sorted(teacher.glob("*.safetensors"))]
-    if teacher not in _fingerprints and len(files) > 1 and files[0].is_file():
-        found = hashlib.sha256()
-        for file in files:
-            found.update(file.read_bytes())
-        _fingerprints[teacher] = found.hexdigest()[:16]
-    return _fingerprints.get(teacher)
+@cache
+def fingerprint(folder: Path, *patterns: str) -> str | None:
+    """Hash of a folder's files, read once; None where a pattern finds none."""
+    found = [sorted(file for file in folder.glob(pattern) if file.is_file()) for pattern in patterns]
+    if not all(found):
+        return None
+    hashed = hashlib.sha256()
+    for file in sum(found, []):
+        hashed.update(file.name.encode() + file.read_bytes())
+    return hashed.hexdigest()[:16]
+
+
+def has_checkpoint(teacher: Path) -> bool:
+    return fingerprint(teacher, "config.json", "*.safetensors") is not None
 
 
 def read_grid(path: Path, teachers: Path, data: Path, steps_scale: float = 1.0, cuda: bool = False) -> list[Cell]:
@@ -113,7 +126,7 @@ def read_grid(path: Path, teachers: Path, data: Path, steps_scale: float = 1.0, 
 
 
 def _depth(teacher: Path) -> str:
-    if fingerprint(teacher) is None:
+    if not has_checkpoint(teacher):
         return "?"
     config = json.loads((teacher / "config.json").read_text(encoding="utf-8"))
     return f"{config['encoder_layers']}-{config['decoder_layers']}"

@@ -1,8 +1,8 @@
 """Tables of quality.py, from ledger rows alone: nothing is loaded, so anybody can make them again.
 
 Problem: a hundred rows are not an answer. Method: first what is kept of the teacher's score, a line per width and a
-column per depth, the ablations below the grid; every other figure folded away under it. A single run shows its 95 %
-interval, several seeds their standard deviation: the first is about examples, the second about training, and neither
+column per depth, the ablations below the grid; every other figure folded away under it. Several seeds show their
+standard deviation, and all show a 95 % interval: the first is about training, the second about examples, and neither
 stands for the other. What is missing says why. Rejected: leaving out cells that failed or are not defined.
 """
 
@@ -13,7 +13,9 @@ from typing import Any
 from ledger import markdown
 from quality_grid import DISTILLED, FLOAT, TEACHER, Row
 
-NOTE = "± is the standard deviation over n seeds; brackets hold the 95 % interval of a single run."
+NOTE = (
+    "± is the standard deviation over n seeds; brackets hold the 95 % interval over test examples, of the seeds' mean."
+)
 FIGURES = ("kept", "file, MiB", "fp32 / file", "steps", "minutes")
 MIB = 2**20
 
@@ -107,6 +109,14 @@ def _interval(found: Sequence[float] | None, factor: float = 1.0, digits: int = 
     return "[{:.{d}f}, {:.{d}f}]".format(*(factor * x for x in found), d=digits) if found else ""
 
 
+def interval_of(rows: Sequence[Row], name: str) -> list[float] | None:
+    """`interval` or `retention_interval` of the only row, or of the mean of these seeds; None where nobody made it."""
+    if len(rows) == 1:
+        return rows[0].get(name)
+    known = all(row.get("seeds") == sorted(row["seed"] for row in rows) for row in rows)
+    return rows[0].get(f"seeds_{name}") if known else None
+
+
 def _spread(values: list[float], digits: int) -> str:
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f} (n {len(values)})" if len(values) > 1 else mean
@@ -116,8 +126,8 @@ def _kept(rows: list[Row]) -> str | None:
     """`98.7 ± 0.3 (n 3) %`, or with the interval of the only run, or why there is none."""
     kept = [row for row in _scored(rows) if row["retention"] is not None]
     if kept:
-        interval = f" {_interval(kept[0]['retention_interval'], 100, 1)}" if len(kept) == 1 else ""
-        return f"{_spread([100 * row['retention'] for row in kept], 1)} %{interval}"
+        interval = _interval(interval_of(kept, "retention_interval"), 100, 1)
+        return f"{_spread([100 * row['retention'] for row in kept], 1)} % {interval}".strip()
     if rows and rows[0].get("not_defined"):
         return "not defined"
     return "failed: " + rows[0]["error"].replace("|", "/") if rows and rows[0].get("error") else None
@@ -127,6 +137,13 @@ def _figures(rows: list[Row]) -> list[str | None]:
     rows = _scored(rows)
     score = _spread([row["score"] for row in rows], 2)
     size, ratio = rows[0]["file_bytes"] / MIB, rows[0]["ratio_to_fp32"]
-    single = f" {_interval(rows[0]['interval'])}" if len(rows) == 1 else ""
+    interval = _interval(interval_of(rows, "interval"))
     minutes = statistics.mean(row["minutes"] for row in rows)
-    return [score + single, _kept(rows), f"{size:.2f}", f"{ratio:.1f}", f"{rows[0]['steps']:,}", f"{minutes:.1f}"]
+    return [
+        f"{score} {interval}".strip(),
+        _kept(rows),
+        f"{size:.2f}",
+        f"{ratio:.1f}",
+        f"{rows[0]['steps']:,}",
+        f"{minutes:.1f}",
+    ]

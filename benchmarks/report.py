@@ -17,6 +17,7 @@ from typing import Any
 
 from ledger import RESULTS, Ledger
 from quality_grid import DISTILLED, KEYS, TEACHER
+from quality_tables import interval_of
 from tables import SOURCES
 
 from dqbart.evaluation import page, sections
@@ -71,7 +72,7 @@ def quality_points(rows: Sequence[Row]) -> list[Point]:
         scored, lambda r: (r["task"], r["bits"], r["layers"], _variant(r))
     ).items():
         scores, first, teacher = [row["score"] for row in seeds], seeds[0], teachers.get(task, {})
-        alone, name = len(seeds) == 1, str(first["metric"])
+        name = str(first["metric"])
         points.append(
             Point(
                 task=task,
@@ -85,8 +86,8 @@ def quality_points(rows: Sequence[Row]) -> list[Point]:
                 teacher_score=sum(row["teacher_score"] for row in seeds) / len(seeds),
                 teacher_bytes=teacher.get("file_bytes"),
                 teacher_interval=teacher.get("interval"),
-                interval=first.get("interval") if alone else (min(scores), max(scores)),
-                retention_interval=first.get("retention_interval") if alone else None,
+                interval=interval_of(seeds, "interval"),
+                retention_interval=interval_of(seeds, "retention_interval"),
             )  # fmt: skip
         )
     return points

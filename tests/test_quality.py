@@ -6,16 +6,24 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import quality
 import quality_cell
 import yaml
 from ledger import Ledger
-from quality_grid import KEYS, Cell, read_grid
+from quality_grid import KEYS, MAIN, Cell, fingerprint, read_grid
+from quality_score import intervals
+from quality_tables import interval_of
 
+from dqbart.data.splits import read_split
+from dqbart.evaluation import metrics
+from dqbart.fitting import LEARNING_RATE
+from dqbart.methods import METHODS
 from dqbart.recipe import Recipe
 
 TASK = {"teacher": "small", "data": "pairs", "recipe": {"max_steps": 40, "batch_size": 4}}
@@ -174,16 +182,76 @@ def test_rows_of_other_settings_are_not_touched(places: Path) -> None:
     assert ledger.rows[0]["settings"] == "another" and not args.work.exists()
 
 
-def test_retention_interval() -> None:
+def test_interval_of_a_run() -> None:
     """Equal outputs are 100 % whatever examples are drawn; a teacher that scores nothing has no ratio."""
     references = ["the cat sees a dog", "a big house by the river", "birds walk at night too", "she reads a book"]
     worse = ["the cat sees a", "a small house by the river", "birds walk at night", "he reads a book"]
     for metric in ("rouge", "bleu"):
         recipe = Recipe(metric=metric)
-        assert quality_cell.retention_interval(recipe, worse, worse, references) == [1, 1]
-        low, high = quality_cell.retention_interval(recipe, worse, references, references) or [0, 0]
+        score, kept = intervals(recipe, [worse], worse, references)
+        assert kept == [1, 1] and score == metrics.score(metric, worse, references).intervals[MAIN[metric]]
+        low, high = intervals(recipe, [worse], references, references)[1] or [0, 0]
         assert 0 < low < high <= 1
-        assert quality_cell.retention_interval(recipe, worse, ["x y z v"] * 4, references) is None
+        assert intervals(recipe, [worse], ["x y z v"] * 4, references)[1] is None
+
+
+def test_interval_of_several_seeds() -> None:
+    """Of their mean: the same thrice changes nothing, and one that is perfect moves it up."""
+    references = ["the cat sees a dog", "a big house by the river", "birds walk at night too", "she reads a book"]
+    worse = ["the cat sees a", "a small house by the river", "birds walk at night", "he reads a book"]
+    recipe = Recipe(metric="bleu")
+    once = intervals(recipe, [worse], references, references)
+    assert np.allclose(intervals(recipe, [worse] * 3, references, references), once)
+    (low, high), kept = intervals(recipe, [worse, references], references, references)
+    assert low == pytest.approx((once[0][0] + 100) / 2, abs=10) and low > once[0][0] and high > once[0][1]
+    assert kept == pytest.approx([low / 100, high / 100])
+    with pytest.raises(ValueError):
+        intervals(recipe, [worse[:3]], references, references)
+
+
+def test_seeds_are_joined_where_all_outputs_are_there(places: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Rows of one recipe get the interval of their mean, once; with a seed more, the old one stands no longer."""
+    blocks = [block(seeds=[28, 29]), block(bits=["8-8-8"])]
+    cells = cells_of(GRID | {"blocks": blocks}, places)
+    ledger, work = Ledger(places / "out.json", KEYS), places / "work"
+    targets = read_split(places / "data" / "pairs", Recipe(), "test").targets or []
+    for cell in cells:
+        ledger.add(cell.key | SCORED | {"settings": cell.settings})
+        cell.folder(work).mkdir(parents=True)
+        lines = [json.dumps({"output": text if n % 2 else "nothing"}) for n, text in enumerate(targets)]
+        (cell.folder(work) / "outputs.jsonl").write_text("\n".join(lines))
+    quality.join_seeds(cells, ledger, work)
+    rows = [row for row in ledger.rows if row["bits"] == "2-2-8"]
+    assert [row["seeds"] for row in rows] == [[28, 29]] * 2 and [row["run"] for row in rows] == [0, 0]
+    low, high = interval_of(rows, "interval") or [0, 0]
+    assert 0 < low < high < 100 and interval_of(rows, "retention_interval") == [1, 1]
+    assert not any("seeds" in row for row in ledger.rows if row not in rows)
+    other = rows[0] | {"seed": 30, "seeds": None}
+    assert interval_of([*rows, other], "interval") is None and interval_of(rows[:1], "interval") == [19, 21]
+    rows[0]["seeds"] = [28]
+    (cells[1].folder(work) / "outputs.jsonl").unlink()
+    quality.join_seeds(cells, ledger, work)
+    assert f"no interval over seeds for {cells[1].slug}" in capfd.readouterr().err
+
+
+def test_settings_are_all_that_decides(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default of the code, the rows of a data set, the teacher: a row made with others is not done."""
+
+    def settings() -> str:
+        fingerprint.cache_clear()
+        return one(cells_of(GRID, places), "2-2-8_2-1_integer").settings
+
+    found = [settings()]
+    assert settings() == found[0]
+    method = METHODS["dq"]
+    monkeypatch.setitem(METHODS, "dq", replace(method, settings=method.settings | {"dropout": 0.25}))
+    found.append(settings())
+    with (places / "data" / "pairs" / "train.jsonl").open("a") as file:
+        file.write("\n")
+    found.append(settings())
+    monkeypatch.setitem(LEARNING_RATE, 2, 1.0)
+    found.append(settings())
+    assert len({*found}) == 4
 
 
 def student(bits: str, layers: str = "6-6", numerics: str = "integer", seed: int = 28, **fields: Any) -> dict[str, Any]:

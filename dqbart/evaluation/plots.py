@@ -17,6 +17,7 @@ MIB = 2**20
 INCHES, DPI = 5.0, 200  # width of every figure: its 10-point text is 9 pixels high on a phone
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B4C9A", "#7A7A7A")  # Okabe and Ito
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+FILLED = ("full", "none", "left", "bottom", "right", "top")  # fill styles, the usual variant's first
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
 USUAL = "integer, distilled"
 LOW = 0.75  # of the teacher's score: what scores less would flatten everything else, and is named at the edge
@@ -35,8 +36,8 @@ class Point:
     """One model with its score, or the mean over several seeds of it.
 
     `task` names what is comparable: points of one task share teacher, data, metric and generation settings. `variant`
-    is empty for what is usual (integer numerics, distilled). `interval` is the score's 95 % interval, or the range over
-    `seeds` where there are several. Scores are on the metric's own scale, sizes in bytes.
+    is empty for what is usual (integer numerics, distilled). `interval` is the 95 % interval over test examples of the
+    score, the mean over `seeds` where there are several. Scores are on the metric's own scale, sizes in bytes.
     """
 
     task: str
@@ -104,12 +105,13 @@ def grouped(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
 
 
 def size_quality(points: Sequence[Point]) -> bytes:
-    """File size (logarithmic) against score, a panel a task: colour is bits, shape layers, hollow another variant."""
+    """File size (logarithmic) against score, a panel a task: colour is bits, shape layers, filling the variant."""
     from matplotlib.lines import Line2D
 
     tasks = list(grouped(points, lambda p: p.task).items())
     colour = _styles({p.bits for p in points}, COLOURS, _bit_order)
     marker = _styles({p.layers for p in points}, MARKERS, layer_order)
+    filled = _styles({"", *(p.variant for p in points)}, FILLED, str)
 
     def draw(axes: Any, number: int) -> None:
         task, members = tasks[number]
@@ -119,7 +121,7 @@ def size_quality(points: Sequence[Point]) -> bytes:
         for p in members:
             axes.errorbar(
                 p.file_bytes / MIB, p.score, _error(p), fmt=marker[p.layers], color=colour[p.bits], markersize=7,
-                markerfacecolor="white" if p.variant else colour[p.bits], elinewidth=0.8, capsize=2,
+                fillstyle=filled[p.variant], markerfacecoloralt="white", elinewidth=0.8, capsize=2,
             )  # fmt: skip
         for size, score in teachers:
             axes.plot(size, score, "*", color="black", markersize=12)
@@ -130,6 +132,11 @@ def size_quality(points: Sequence[Point]) -> bytes:
 
     keys = [Line2D([], [], marker="o", linestyle="", color=c, label=f"{b} bits") for b, c in colour.items()]
     keys += [Line2D([], [], marker=m, linestyle="", color="#666666", label=f"{n} layers") for n, m in marker.items()]
+    keys += [
+        Line2D([], [], marker="o", linestyle="", color="#666666", markerfacecoloralt="white", fillstyle=f, label=v)
+        for v, f in filled.items()
+        if v
+    ]
     keys.append(Line2D([], [], color="#BBBBBB", linewidth=2, label="Pareto line"))
     if any(p.teacher_bytes for p in points):
         keys.append(Line2D([], [], marker="*", linestyle="", color="black", markersize=10, label="teacher, fp32"))

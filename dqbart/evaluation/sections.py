@@ -19,8 +19,12 @@ Row = dict[str, Any]
 
 
 def best_point(points: Sequence[Point]) -> Point | None:
-    """The smallest that keeps 95 % of its teacher's score, else the one that keeps most; None without scores."""
+    """The smallest that keeps 95 % of its teacher's score, else the one that keeps most; None without scores.
+
+    Ablations don't stand for the others, unless there is nothing else.
+    """
     scored = [p for p in points if p.retention is not None]
+    scored = [p for p in scored if not p.variant] or scored
     good = [p for p in scored if (p.retention or 0) >= GOOD]
     if good:
         return min(good, key=lambda p: (p.file_bytes, -(p.retention or 0)))
@@ -39,11 +43,9 @@ def percent(part: float | None, interval: tuple[float, float] | None = None) -> 
 
 
 def score_text(score: float, interval: tuple[float, float] | None, seeds: int = 1) -> str:
-    """`17.21 [16.80, 17.60]`, or `17.21 (3 seeds, 17.05 to 17.40)`."""
-    if interval is None:
-        return f"{score:.2f}"
-    low, high = interval
-    return f"{score:.2f} " + (f"({seeds} seeds, {low:.2f} to {high:.2f})" if seeds > 1 else f"[{low:.2f}, {high:.2f}]")
+    """`17.21 [16.80, 17.60] (3 seeds)`."""
+    bounds = "" if interval is None else " [{:.2f}, {:.2f}]".format(*interval)
+    return f"{score:.2f}{bounds}" + (f" ({seeds} seeds)" if seeds > 1 else "")
 
 
 def size_fact(file_bytes: int, teacher_bytes: int, what: str = "") -> Fact:
@@ -83,11 +85,9 @@ def size_quality_section(points: Sequence[Point], how: str) -> Section:
     header += ["kept", metric, "teacher"]
     text = (
         "Up is better, left is smaller. What lies on the grey line is beaten by nothing else here: whatever is as "
-        "small or smaller scores less. Bars are 95 % intervals, or the range over seeds; an arrow at the lower edge "
-        "is a score far below."
+        "small or smaller scores less. Bars are 95 % intervals over test examples; an arrow at the lower edge is a "
+        "score far below."
     )
-    others = sorted({p.variant for p in points if p.variant})
-    text += f" Hollow: {'; '.join(others)}." if others else ""
     draw = partial(plots.size_quality, points)
     picture = Picture("size-quality", "File size against score, with the Pareto line", draw)
     return Section(
@@ -168,24 +168,22 @@ def _bar_label(row: Row) -> str:
 
 
 def latency_section(rows: Sequence[Row], machine: str, how: str) -> Section:
-    """For each device and shape a plot at one setting, a panel a mode; all times in a folded table."""
+    """For each device and shape a plot at one setting, a panel a mode and depth; all times in a folded table."""
     title = "Latency against peers"
     if not rows:
         return Section(title, missing=how)
     text = (
-        "Medians of interleaved runs (± interquartile range, or [fastest, slowest]). Drawn are peers with all layers."
+        "Medians of interleaved runs (± interquartile range, or [fastest, slowest]). Side by side: models of one depth."
     )
     blocks: list[Block] = [f"{text} {machine}".strip()]
     for number, ((device, shape), members) in enumerate(grouped(rows, lambda r: (r["device"], r["shape"])).items()):
-        main, depth = main_settings(members), full_depth(members)
+        main = main_settings(members)
         panels = []
-        for mode in grouped(main, lambda r: r["mode"]).values():
-            bars = [
-                Bar(_bar_label(r), r.get("median_ms"), is_ours(r), _why_not(r))
-                for r in mode
-                if is_ours(r) or r["layers"] == depth
-            ]
-            panels.append((str(mode[0]["mode"]), bars))
+        for mode in grouped(main, lambda r: str(r["mode"])).values():
+            depths = grouped(mode, lambda r: str(r["layers"]))
+            for depth in sorted(depths, key=layer_order, reverse=True):
+                bars = [Bar(_bar_label(r), r.get("median_ms"), is_ours(r), _why_not(r)) for r in depths[depth]]
+                panels.append((f"{mode[0]['mode']}, {depth} layers", bars))
         setting = f"{shape} on {device}, {setting_text(main[0])}"
         alt = f"Median times of {setting}: dqbart beside what people use today"
         blocks += [f"{setting}:", Picture(f"latency-{number + 1}", alt, partial(plots.latency, panels))]
