@@ -5,9 +5,10 @@ table's baseline: the student of the same shape that had no teacher, the whole T
 """
 
 import statistics
+from collections import Counter
 from typing import Any
 
-from encoder_methods_cells import ABLATION, STAGES
+from encoder_methods_cells import ABLATION, STAGES, STUDIES, cells
 from ledger import markdown
 
 Row = dict[str, Any]
@@ -24,8 +25,17 @@ def table(rows: list[Row]) -> str:
     for study in dict.fromkeys(row["study"] for row in rows):
         own = [row for row in rows if row["study"] == study]
         made = [part for part in (methods_table(own), ablation_table(own), bits_table(own)) if part]
-        parts.append("\n\n".join([f"**{study[0].upper()}{study[1:]}**", *made]))
+        parts.append("\n\n".join([f"**{study[0].upper()}{study[1:]}**", *made, *gaps(study, own)]))
     return "\n\n".join(parts)
+
+
+def gaps(study: str, rows: list[Row]) -> list[str]:
+    """A line that says how many of a study's cells were not run, by part; none where all were."""
+    known = next((each for each in STUDIES.values() if str(each) == study), None)
+    wanted = Counter(str(cell.shown["part"]) for cell in cells(known)) if known else Counter()
+    missing = wanted - Counter(row["part"] for row in rows)
+    words = ", ".join(f"{missing[part]} of {wanted[part]} ({part})" for part in missing)
+    return [f"Not run yet, of the study's cells: {words}."] if words else []
 
 
 def methods_table(rows: list[Row]) -> str:

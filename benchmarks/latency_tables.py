@@ -14,8 +14,8 @@ REFERENCE = "transformers-fp32"
 LEGEND = (
     "Each cell: median ms ± interquartile range · tokens/s · times as fast as the best peer · as transformers fp32, "
     "both with the same layers (? where they were not measured side by side). Ids: rows that get the ids of "
-    "transformers fp32, or of dqbart-torch for other dqbart engines, greedily; quantization and near ties change them. "
-    "Load: s. Memory: MiB of the whole process."
+    "transformers fp32, or of dqbart-torch for other dqbart engines, greedily: quantization changes the first, nothing "
+    "may change the second. Load: s. Memory: MiB of the whole process."
 )
 Row = dict[str, Any]
 

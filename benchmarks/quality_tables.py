@@ -14,7 +14,8 @@ from ledger import markdown
 from quality_grid import DISTILLED, FLOAT, TEACHER, Row
 
 NOTE = (
-    "± is the standard deviation over n seeds; brackets hold the 95 % interval over test examples, of the seeds' mean."
+    "± is the standard deviation over n seeds; brackets hold the 95 % interval over test examples, of the seeds' mean; "
+    "– was not run."
 )
 FIGURES = ("kept", "file, MiB", "fp32 / file", "steps", "minutes")
 MIB = 2**20
@@ -130,7 +131,7 @@ def _kept(rows: list[Row]) -> str | None:
         return f"{_spread([100 * row['retention'] for row in kept], 1)} % {interval}".strip()
     if rows and rows[0].get("not_defined"):
         return "not defined"
-    return "failed: " + rows[0]["error"].replace("|", "/") if rows and rows[0].get("error") else None
+    return "failed: " + rows[0]["error"].replace("|", "/") if rows and rows[0].get("error") else "–"
 
 
 def _figures(rows: list[Row]) -> list[str | None]:

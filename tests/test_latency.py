@@ -338,8 +338,8 @@ def test_agreement_is_with_transformers_for_peers_and_with_the_torch_engine_for_
 
 
 def test_an_fp32_peer_with_other_ids_fails_the_run(tmp_path, capsys):
-    key = dict(device="cpu", shape="tiny", layers="2-2", system="ctranslate2-float32", bits="32-32-32", mode="greedy",
-               source=16, batch=8, threads=1)  # fmt: skip
+    key = dict(device=latency.device_name("cpu"), shape="tiny", layers="2-2", system="ctranslate2-float32",
+               bits="32-32-32", mode="greedy", source=16, batch=8, threads=1)  # fmt: skip
     row = key | latency.figures([1.0, 2.0, 3.0], latency.Case("greedy", 16, 8, 4))
     row |= dict(tokens=4, tried=True, agree=3, load_s=1.0, loaded_mib=1.0, peak_mib=1.0)
     out = tmp_path / "out.json"
@@ -350,6 +350,12 @@ def test_an_fp32_peer_with_other_ids_fails_the_run(tmp_path, capsys):
         assert latency.main(words) == code
         captured = capsys.readouterr()
         assert ("fewer than half" in captured.err) == bool(code) and f"| {agree}/8 |" in captured.out
+    for agree, code in ((7, 1), (8, 0)):  # our own may differ in none, whatever was measured on other machines
+        Ledger(out, latency.KEYS).add(row | dict(system="dqbart-cpu", bits="2-2-8", agree=agree))
+        Ledger(out, latency.KEYS).add(row | dict(system="dqbart-cpu", bits="2-2-8", agree=0, device="elsewhere"))
+        assert latency.main(words) == code
+        said = "dqbart-cpu: its ids are not those of dqbart-torch: tiny 2-2 2-2-8 greedy, source 16, batch 8"
+        assert (said in capsys.readouterr().err) == bool(code)
 
 
 def test_the_table_reads_rows_alone():

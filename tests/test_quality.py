@@ -277,12 +277,12 @@ def test_table() -> None:
     assert lines[0].startswith("**t**: teacher with 6-6 layers, 1.0 MiB in fp32, BLEU 25.00") and "beam 4" in lines[0]
     matrix = [line for line in lines if line.startswith("|")][: 2 + 6]
     assert matrix[0] == "| training | numerics | bits | 6-6 layers | 3-1 layers |"
-    assert matrix[2] == "| distilled | integer | 8-8-8 |  |  |"
+    assert matrix[2] == "| distilled | integer | 8-8-8 | – | – |"
     assert matrix[3] == "| distilled | integer | 2-2-8 | 82.0 ± 2.8 (n 2) % | 80.0 % [70.0, 90.0] |"
-    assert matrix[4] == "| distilled | paper | 4-4-8 | not defined |  |"
-    assert matrix[5] == "| distilled | paper | 2-2-8 | failed: exit code 1: broke |  |"
-    assert matrix[6] == "| distilled |  | 32-32-32 |  | 80.0 % [70.0, 90.0] |"
-    assert matrix[7] == "| none | integer | 8-8-8 | 80.0 % [70.0, 90.0] |  |"
+    assert matrix[4] == "| distilled | paper | 4-4-8 | not defined | – |"
+    assert matrix[5] == "| distilled | paper | 2-2-8 | failed: exit code 1: broke | – |"
+    assert matrix[6] == "| distilled |  | 32-32-32 | – | 80.0 % [70.0, 90.0] |"
+    assert matrix[7] == "| none | integer | 8-8-8 | 80.0 % [70.0, 90.0] | – |"
     assert (
         "| distilled | integer | 2-2-8 | 6-6 | 21.00 ± 1.41 (n 2) | 82.0 ± 2.8 (n 2) % | 1.00 | 16.0 | 40 | 3.0 |"
         in text

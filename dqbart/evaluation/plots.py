@@ -17,7 +17,7 @@ MIB = 2**20
 INCHES, DPI = 5.0, 200  # width of every figure: its 10-point text is 9 pixels high on a phone
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B4C9A", "#7A7A7A")  # Okabe and Ito
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-FILLED = ("full", "none", "left", "bottom", "right", "top")  # fill styles, the usual variant's first
+FILLED: tuple[Any, ...] = ("full", "none", "left", "bottom", "right", "top")  # fill styles, the usual variant's first
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
 USUAL = "integer, distilled"
 LOW = 0.75  # of the teacher's score: what scores less would flatten everything else, and is named at the edge
@@ -48,9 +48,9 @@ class Point:
     teacher_score: float
     file_bytes: int
     teacher_bytes: int | None = None
-    interval: tuple[float, float] | None = None
-    teacher_interval: tuple[float, float] | None = None
-    retention_interval: tuple[float, float] | None = None
+    interval: Sequence[float] | None = None
+    teacher_interval: Sequence[float] | None = None
+    retention_interval: Sequence[float] | None = None
     variant: str = ""
     seeds: int = 1
     name: str = ""

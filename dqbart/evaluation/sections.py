@@ -36,13 +36,13 @@ def mib(count: float) -> str:
     return f"{count / MIB:,.1f} MiB" if count >= MIB else f"{count / 1024:,.1f} KiB"
 
 
-def percent(part: float | None, interval: tuple[float, float] | None = None) -> str:
+def percent(part: float | None, interval: Sequence[float] | None = None) -> str:
     """`97.1 %`, `97.1 % [96.0, 98.2]`, or nothing."""
     bounds = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
     return "" if part is None else f"{100 * part:.1f} %{bounds}"
 
 
-def score_text(score: float, interval: tuple[float, float] | None, seeds: int = 1) -> str:
+def score_text(score: float, interval: Sequence[float] | None, seeds: int = 1) -> str:
     """`17.21 [16.80, 17.60] (3 seeds)`."""
     bounds = "" if interval is None else " [{:.2f}, {:.2f}]".format(*interval)
     return f"{score:.2f}{bounds}" + (f" ({seeds} seeds)" if seeds > 1 else "")
