@@ -43,9 +43,10 @@ class Results:
     @property
     def machines(self) -> str:
         """The machines of the rows, with the commits that ran there."""
-        used = sorted({row["run"] for row in self.rows if "run" in row})
-        found = (f"{machine_text(self.runs[i])}, commit {self.runs[i]['commit']}" for i in used)
-        return "; ".join(dict.fromkeys(found))
+        used = [self.runs[i] for i in sorted({row["run"] for row in self.rows if "run" in row})]
+        found = grouped(used, machine_text).items()
+        commits = {machine: ", ".join(dict.fromkeys(str(run["commit"]) for run in runs)) for machine, runs in found}
+        return "; ".join(f"{machine}, at commit {shown}" for machine, shown in commits.items())
 
 
 def read_results(folder: Path) -> dict[str, Results]:

@@ -101,6 +101,13 @@ def test_metadata_of_a_hub_teacher_and_data(scored: Result, tmp_path: Path) -> N
     assert "14,732 for training, 818 for scores" in found.text
 
 
+def test_scores_of_examples_that_chose_the_student_say_so(scored: Result, tmp_path: Path) -> None:
+    words, recipe = "best one on these examples", scored.report["recipe"]
+    assert words in ModelCard.load(scored.folder / "README.md").text
+    assert words not in written(changed(scored.report, seconds={"packing": 1.0}), tmp_path).text  # not trained
+    assert words not in written(changed(scored.report, recipe=recipe | {"evaluations": 0}), tmp_path).text
+
+
 def test_without_scores_nothing_is_claimed(translator: Result) -> None:
     found = ModelCard.load(translator.folder / "README.md")
     assert found.data.eval_results is None and "model-index" not in found.data.to_dict()

@@ -209,8 +209,15 @@ def _scores(report: dict[str, Any]) -> str:
     decoded = f"\n\nSettings: `{json.dumps(settings)}`." if settings else ""
     return (
         f"{_table(header, rows)}\n\nIn brackets: 95 % intervals, examples resampled. Metric: `{student['definition']}`."
-        f"{decoded}"
+        f"{chosen_by_them(report)}{decoded}"
     )
+
+
+def chosen_by_them(report: dict[str, Any]) -> str:
+    """That a score is not of unseen examples, where it isn't."""
+    if "training" not in report["seconds"] or not report["recipe"].get("evaluations", 1):
+        return ""
+    return " The step of training that was kept is the best one on these examples: unseen ones are the fairer judge."
 
 
 def _subnetworks(report: dict[str, Any], called: str) -> str:

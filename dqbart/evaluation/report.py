@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dqbart.evaluation import page, sections
-from dqbart.evaluation.card import NAMES
+from dqbart.evaluation.card import NAMES, chosen_by_them
 from dqbart.evaluation.metrics import Score
 from dqbart.evaluation.page import Block, Example, Page, Section, Table
 from dqbart.evaluation.plots import Point, require_matplotlib
@@ -156,7 +156,8 @@ def _provenance(report: Row) -> dict[str, str]:
     }  # fmt: skip
     scores = report.get("scores")
     if scores:
-        found["metric"] = scores["student"]["definition"] + "; intervals: 95 %, examples resampled"
+        found["metric"] = f"{scores['student']['definition']}; intervals: 95 %, examples resampled."
+        found["metric"] += chosen_by_them(report)
         found |= {f"scores, {who}": ", ".join(
             f"{NAMES.get(name, name)} {value:.2f}" for name, value in scores[who]["values"].items())
             for who in ("teacher", "student") if who in scores}  # fmt: skip
