@@ -6,6 +6,7 @@ commit, versions, processor. Rejected: a file per run (tables would have to choo
 """
 
 import functools
+import hashlib
 import json
 import os
 import shlex
@@ -26,6 +27,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+CHECKPOINT = ("config.json", "*.safetensors")  # what decides what a teacher says
 RESULTS = Path(__file__).resolve().parent / "results"
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
@@ -98,6 +100,29 @@ class Ledger:
         place = {old: new for new, old in enumerate(used)}
         self.runs = [self.runs[old] for old in used]
         self.rows = [row | {"run": place[row["run"]]} for row in self.rows]
+
+
+@functools.cache
+def fingerprint(folder: Path, *patterns: str) -> str | None:
+    """Hash of a folder's files, of all of them without patterns, read once; None where a pattern finds none."""
+    found = [sorted(file for file in folder.glob(pattern) if file.is_file()) for pattern in patterns or ("*",)]
+    if not all(found):
+        return None
+    hashed = hashlib.sha256()
+    for file in sum(found, []):
+        hashed.update(file.name.encode() + file.read_bytes())
+    return hashed.hexdigest()[:16]
+
+
+def require_same_files(ledger: Ledger, rows: Iterable[dict[str, Any]], files: str) -> None:
+    """Names of folders say little: raises `ValueError` where one of `rows` was made of other `files`."""
+    other = next((row for row in rows if row["files"] != files), None)
+    if other is not None:
+        known = ", ".join(str(other[name]) for name in ledger.keys[:2])
+        raise ValueError(
+            f"{ledger.path}: its rows of {known} were made of other files (fingerprint {other['files']}, these have "
+            f"{files}); give another --out, or move it away"
+        )
 
 
 @contextmanager

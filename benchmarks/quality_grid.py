@@ -11,10 +11,11 @@ import itertools
 import json
 from collections.abc import Container
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ledger import CHECKPOINT, fingerprint
 from transformers import AutoConfig
 
 from dqbart.fitting import resolve
@@ -55,32 +56,20 @@ class Cell:
     @cached_property
     def settings(self) -> str:
         """A short hash of what decides the result and is not in the key: defaults of the code, too."""
-        recipe, teacher = self.recipe, fingerprint(self.teacher, "config.json", "*.safetensors")
+        recipe, teacher = self.recipe, fingerprint(self.teacher, *CHECKPOINT)
         if teacher is not None and not self.refused:
             recipe = resolve(Recipe.from_dict(recipe), AutoConfig.from_pretrained(self.teacher)).to_dict()
         if self.is_teacher:
             recipe = {name: recipe.get(name) for name in SCORING}
-        known = [recipe, fingerprint(self.data, "*.*"), self.test_examples, teacher]
+        known = [recipe, fingerprint(self.data), self.test_examples, teacher]
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
 
     def folder(self, work: Path) -> Path:
         return work / f"{self.slug}.{self.settings}"
 
 
-@cache
-def fingerprint(folder: Path, *patterns: str) -> str | None:
-    """Hash of a folder's files, read once; None where a pattern finds none."""
-    found = [sorted(file for file in folder.glob(pattern) if file.is_file()) for pattern in patterns]
-    if not all(found):
-        return None
-    hashed = hashlib.sha256()
-    for file in sum(found, []):
-        hashed.update(file.name.encode() + file.read_bytes())
-    return hashed.hexdigest()[:16]
-
-
 def has_checkpoint(teacher: Path) -> bool:
-    return fingerprint(teacher, "config.json", "*.safetensors") is not None
+    return fingerprint(teacher, *CHECKPOINT) is not None
 
 
 def read_grid(path: Path, teachers: Path, data: Path, steps_scale: float = 1.0, cuda: bool = False) -> list[Cell]:

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ledger import RESULTS, Ledger, markdown, resumable
+from ledger import CHECKPOINT, RESULTS, Ledger, fingerprint, markdown, require_same_files, resumable
 
 KEYS = ("model", "bits", "layers", "steps", "seed", "sentences", "learning_rate")
 # bits, layers, steps of distillation; the first is the original.
@@ -236,6 +236,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         ledger = Ledger(args.out or (Path(scratch) if args.quick else RESULTS) / "sentence_embeddings.json", KEYS)
         name = named(args.model)
+        folders = [args.data / scored for scored in ("stsb-free", "banking77")]
+        files = ", ".join(map(str, (fingerprint(Path(args.model), *CHECKPOINT), *map(fingerprint, folders))))
+        require_same_files(ledger, (row for row in ledger.rows if row["model"] == name), files)
         if args.times:
             time_again(ledger, args.model, args.data)
         for seed in () if args.times else args.seeds:
@@ -243,7 +246,7 @@ def main() -> int:
                 key = dict(model=name, bits=bits, layers=layers, steps=steps, seed=seed)
                 key |= dict(sentences=args.sentences, learning_rate=args.learning_rate) if steps else UNTRAINED
                 if ledger.find(**key) is None:
-                    ledger.add(cell(args.model, key, args, args.work or Path(scratch)))
+                    ledger.add({"files": files} | cell(args.model, key, args, args.work or Path(scratch)))
     print(table(ledger.rows))
     missed = [
         f"{row['bits']} {row['layers']}" for row in ledger.rows

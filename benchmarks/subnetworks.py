@@ -23,7 +23,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ledger import RESULTS, Ledger, markdown, resumable
+from ledger import CHECKPOINT, RESULTS, Ledger, fingerprint, markdown, require_same_files, resumable
 
 STUDY = ("teacher", "data", "steps", "learning_rate", "widths", "depths")  # what rows must share to be compared
 KEYS = (*STUDY, "how", "width", "depth", "seed")
@@ -163,10 +163,12 @@ def main() -> int:
         ledger = Ledger(args.out or (Path(scratch) if args.quick else RESULTS) / "subnetworks.json", KEYS)
         shares = [" ".join(f"{share:g}" for share in sorted(given)) for given in (args.widths, args.depths)]
         study = (Path(args.teacher).name, args.data.name, args.steps, args.learning_rate, *shares)
+        files = f"{fingerprint(Path(args.teacher), *CHECKPOINT)}, {fingerprint(args.data)}"
+        require_same_files(ledger, (row for row in ledger.rows if (row["teacher"], row["data"]) == study[:2]), files)
         for seed, how, depth, width in product(args.seeds, HOW, args.depths, args.widths):
             key = dict(zip(KEYS, (*study, how, width, depth, seed), strict=True))
             if ledger.find(**key) is None:
-                ledger.add(key | Study(args, seed).row(how, width, depth))
+                ledger.add(key | {"files": files} | Study(args, seed).row(how, width, depth))
     print(table(ledger.rows))
     print(json.dumps({"rows": len(ledger.rows)}))
     return 0

@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from ledger import Ledger, describe_run, markdown, resumable
+from ledger import CHECKPOINT, Ledger, describe_run, fingerprint, markdown, require_same_files, resumable
 
 
 def test_rows_are_found_again_and_replaced(tmp_path):
@@ -84,3 +84,19 @@ def test_what_a_user_can_mend_is_one_line_and_the_rest_is_not_hidden(capsys: pyt
     assert resumable(lambda: 1)() == 1
     with pytest.raises(KeyError):
         resumable(fails)(KeyError("a defect"))
+
+
+def test_a_folder_is_told_by_its_files(tmp_path):
+    for name, content in (("config.json", "{}"), ("model.safetensors", "numbers"), ("notes.txt", "x")):
+        (tmp_path / name).write_text(content)
+    whole, checkpoint = fingerprint(tmp_path), fingerprint(tmp_path, *CHECKPOINT)
+    assert whole != checkpoint and fingerprint(tmp_path / "nowhere") is None
+    assert fingerprint(tmp_path, "config.json", "*.bin") is None
+    fingerprint.cache_clear()
+    (tmp_path / "notes.txt").write_text("y")
+    assert fingerprint(tmp_path) != whole and fingerprint(tmp_path, *CHECKPOINT) == checkpoint
+    ledger = Ledger(tmp_path / "x.json", ["teacher", "data", "seed"])
+    ledger.add({"teacher": "t", "data": "d", "seed": 1, "files": "a"})
+    require_same_files(ledger, ledger.rows, "a")
+    with pytest.raises(ValueError, match="rows of t, d were made of other files .fingerprint a, these have b.*--out"):
+        require_same_files(ledger, ledger.rows, "b")

@@ -15,8 +15,8 @@ import pytest
 import quality
 import quality_cell
 import yaml
-from ledger import Ledger
-from quality_grid import KEYS, MAIN, Cell, fingerprint, read_grid
+from ledger import Ledger, fingerprint
+from quality_grid import KEYS, MAIN, Cell, read_grid
 from quality_score import intervals
 from quality_tables import interval_of
 
