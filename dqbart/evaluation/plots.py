@@ -144,12 +144,13 @@ def size_quality(points: Sequence[Point]) -> bytes:
 
 
 def score_grid(points: Sequence[Point]) -> bytes:
-    """Score by layers, a line for each width and variant, a panel a task; the dashed line is the teacher."""
+    """Score by layers, a line for each width and variant (dashes, filling), a panel a task; the teacher in black."""
     from matplotlib.lines import Line2D
 
     tasks = list(grouped(points, lambda p: p.task).items())
     colour = _styles({p.bits for p in points}, COLOURS, _bit_order)
     dash = _styles({p.variant for p in points}, DASHES, str)
+    filled = _styles({"", *(p.variant for p in points)}, FILLED, str)
     columns = sorted({p.layers for p in points}, key=layer_order)
     lines = sorted({(p.bits, p.variant) for p in points})
 
@@ -162,7 +163,10 @@ def score_grid(points: Sequence[Point]) -> bytes:
             shift = 0.05 * (number - (len(lines) - 1) / 2)  # so that intervals don't hide each other
             xs = [columns.index(p.layers) + shift for p in row]
             for x, p in zip(xs, row, strict=True):
-                axes.errorbar(x, p.score, _error(p), fmt="o", color=colour[bits], markersize=5, elinewidth=1, capsize=2)
+                axes.errorbar(
+                    x, p.score, _error(p), fmt="o", color=colour[bits], markersize=6, fillstyle=filled[variant],
+                    markerfacecoloralt="white", elinewidth=1, capsize=2,
+                )  # fmt: skip
             axes.plot(xs, [p.score for p in row], dash[variant], color=colour[bits])
             places += zip(row, xs, strict=True)
         axes.axhline(members[0].teacher_score, color="black", linewidth=1.2, linestyle=(0, (5, 3)))
@@ -173,7 +177,11 @@ def score_grid(points: Sequence[Point]) -> bytes:
 
     keys = [Line2D([], [], color=c, marker="o", markersize=5, label=f"{b} bits") for b, c in colour.items()]
     if len(dash) > 1:
-        keys += [Line2D([], [], color="#666666", linestyle=d, label=v or USUAL) for v, d in dash.items()]
+        keys += [
+            Line2D([], [], color="#666666", linestyle=d, marker="o", fillstyle=filled[v], markerfacecoloralt="white",
+                   label=v or USUAL)
+            for v, d in dash.items()
+        ]  # fmt: skip
     keys.append(Line2D([], [], color="black", linestyle=(0, (5, 3)), label="teacher"))
     return _png([3.0] * len(tasks), draw, keys)
 
