@@ -197,7 +197,7 @@ def build(results: dict[str, Results]) -> Page:
             size_section(results["size"].rows),
             runs_section(results),
         ],
-        foot="Written by `python benchmarks/report.py`. Encoder methods, sentence embeddings, sub-networks and products "
+        foot="Written by `python benchmarks/report.py`. Encoder methods, sentence vectors, sub-networks and products "
         "have their tables in benchmarks/README.md.",
     )
 
