@@ -1,8 +1,8 @@
 """Do our `paper` numerics give the numbers of the DQ-BART authors' own code?
 
-    python benchmarks/authors.py DIR
+    python benchmarks/authors.py [DIR]
 
-DIR holds a small teacher (config.json, model.safetensors) and gold.json: inputs, and per case (bits, layers) the
+DIR (goldens/paper) holds a small teacher (config.json, model.safetensors) and gold.json: inputs, and per case (bits, layers) the
 figures that the authors' released model code (transformers 4.17) gave for a student initialised by their layer map:
 eight loss terms, their sum, gradient norms, some logits, sums over all logits, and generated ids. Everything is run
 again here; the largest relative error per figure and case is printed, and the exit code is 1 if one is over 1e-4.
@@ -178,7 +178,10 @@ def generated(teacher: Any, case: dict[str, Any], inputs: dict[str, Tensor]) -> 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="folder with config.json, model.safetensors and gold.json")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=Path(__file__).parent / "goldens" / "paper",
+        help="folder with config.json, model.safetensors and gold.json",
+    )  # fmt: skip
     folder = parser.parse_args().folder
     from transformers import AutoModelForSeq2SeqLM
 
