@@ -2,10 +2,11 @@
 
     python benchmarks/authors.py [DIR]
 
-DIR (goldens/paper) holds a small teacher (config.json, model.safetensors) and gold.json: inputs, and per case (bits, layers) the
-figures that the authors' released model code (transformers 4.17) gave for a student initialised by their layer map:
-eight loss terms, their sum, gradient norms, some logits, sums over all logits, and generated ids. Everything is run
-again here; the largest relative error per figure and case is printed, and the exit code is 1 if one is over 1e-4.
+DIR (goldens/paper) holds a small teacher (config.json, model.safetensors) and gold.json: inputs, and per case (bits,
+layers) the figures that the authors' released model code (transformers 4.17) gave for a student initialised by their
+layer map: eight loss terms, their sum, gradient norms, some logits, sums over all logits, and generated ids. Everything
+is run again here; the largest relative error per figure and case is printed, and the exit code is 1 if one is over
+1e-4.
 
 Generated ids are compared too, and each row gets the first verdict that holds:
 
