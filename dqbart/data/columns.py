@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
+from dqbart.data.labels import ClassName
+
 # In order of preference: where a row has both, `article` is the source and `abstract` the target.
 SOURCE_NAMES = (
     "source", "src", "source_text", "document", "article", "dialogue", "input", "inputs",
@@ -237,7 +239,8 @@ def column_kinds(rows: Sequence[dict[str, Any]]) -> dict[str, type]:
                 kinds.setdefault(name, object)
             elif kinds.get(name, object) is object:
                 is_list = isinstance(value, list) and all(isinstance(v, str) for v in value)
-                kinds[name] = str if isinstance(value, str) else list if is_list else object
+                is_text = isinstance(value, str) and not isinstance(value, ClassName)
+                kinds[name] = str if is_text else list if is_list else object
     return kinds
 
 

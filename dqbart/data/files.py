@@ -16,6 +16,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from dqbart.data.labels import ClassName, data_classes
+
 Row = dict[str, Any]
 
 SUFFIXES = (
@@ -48,7 +50,7 @@ def load_rows(data: Any, *, split: str = "train") -> list[Row]:
     gzipped; a text file, whose lines become rows with `text` and `doc`, the number of the paragraph that
     blank lines set apart; a folder of files named after their split (`train.jsonl`, `validation.csv`,
     `test.en-de.tsv`, numbered shards); a hub name, `owner/name` or `owner/name:configuration`; a
-    `datasets.Dataset`; an iterable of dicts; or a dict from split names to one of the last two.
+    `datasets.Dataset`, whose classes come by name; an iterable of dicts; or a dict from split names to one of these.
     `split` picks from what has splits, and means nothing for one file or one list.
 
     Raises `FileNotFoundError` where there is nothing to read, `ValueError` where it can't be
@@ -72,13 +74,15 @@ def load_rows(data: Any, *, split: str = "train") -> list[Row]:
         if split not in data:
             raise ValueError(f"data has no split {split!r}; it has {', '.join(map(repr, data)) or 'none'}")
         return load_rows(data[split])
+    features: Any = getattr(data, "features", None)
     if hasattr(data, "to_list"):  # datasets.Dataset, several times quicker than iterating it
         data = data.to_list()
     if not isinstance(data, Iterable) or isinstance(data, bytes):
         raise ValueError(
             f"data is {type(data).__name__}; expected a path, a hub name, a datasets.Dataset or a list of dicts"
         )
-    return _checked(list(data), "data")
+    rows = _checked(list(data), "data")
+    return _with_class_names(rows, features.to_dict()) if hasattr(features, "to_dict") else rows
 
 
 def list_splits(data: Any) -> list[str]:
@@ -240,10 +244,11 @@ def _parquet(path: Path) -> list[Row]:
     except ImportError:
         raise ValueError(f"{path}: parquet needs pyarrow; pip install 'dqbart[parquet]'") from None
     try:
-        rows: list[Row] = pq.read_table(path).to_pylist()
+        table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: not a readable parquet file ({_one_line(error)})") from None
-    return rows
+    written_by_datasets = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    return _with_class_names(table.to_pylist(), written_by_datasets.get("info", {}).get("features") or {})
 
 
 def _hub_name(data: str) -> tuple[str, str | None]:
@@ -256,7 +261,7 @@ def _hub_name(data: str) -> tuple[str, str | None]:
 def _hub(data: str, split: str) -> list[Row]:
     name, configuration = _hub_name(data)
     dataset = _ask_hub("load_dataset", name, configuration, split=split)
-    return _checked(dataset.to_list(), f"data {data!r}")
+    return load_rows(dataset)
 
 
 def _ask_hub(function: str, name: str, configuration: str | None, **arguments: Any) -> Any:
@@ -278,6 +283,25 @@ def _ask_hub(function: str, name: str, configuration: str | None, **arguments: A
             f"data {name!r}: no such file or folder, and as a hub data set it can't be read "
             f"({_one_line(error)}); a configuration is given as owner/name:configuration"
         ) from None
+
+
+def _with_class_names(rows: list[Row], features: Mapping[str, Any]) -> list[Row]:
+    """Ids of a `ClassLabel` as names: a teacher may have the same classes in another order. -1, no label, stays.
+
+    `features`: as `datasets` writes them, columns inside of others included.
+    """
+    for column, feature in features.items():
+        if isinstance(feature, Mapping) and feature.get("_type") == "ClassLabel" and feature.get("names"):
+            classes = data_classes(feature["names"])
+            rows = [row | {column: _class_of(row.get(column), classes)} for row in rows]
+        elif isinstance(feature, Mapping) and "_type" not in feature:
+            inner = _with_class_names([row.get(column) or {} for row in rows], feature)
+            rows = [row | {column: row.get(column) and new} for row, new in zip(rows, inner, strict=True)]
+    return rows
+
+
+def _class_of(value: Any, classes: list[ClassName]) -> Any:
+    return classes[value] if isinstance(value, int) and 0 <= value < len(classes) else value
 
 
 def _one_line(error: Exception) -> str:

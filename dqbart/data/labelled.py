@@ -16,7 +16,7 @@ import numpy as np
 
 from dqbart.data.batches import Collator, TokenRows, lengths_line, progress_bar
 from dqbart.data.columns import VARIANT_OF, check_column, column_kinds, column_names, read_text, read_value
-from dqbart.data.labels import SCORE_NAMES, Kind, Label, Labels, read_labels
+from dqbart.data.labels import SCORE_NAMES, ClassName, Kind, Label, Labels, read_labels
 
 if TYPE_CHECKING:
     import torch
@@ -149,9 +149,10 @@ def read_labelled(
     """The texts of `columns` and their labels, in the order of the rows; rows with an empty text are left out.
 
     `names`: of the classes in id order, of a teacher or the training split; without them they come from these rows,
-    numbers by size and others by alphabet. A label is matched with the names, else taken as an id, unless names are
-    numbers themselves. `kind` None: classification where `names` are given; else regression for numbers with a
-    fraction, or any numbers in a column called score. Where no row has a label (hub sets write -1), there are none.
+    numbers by size and others by alphabet, a `ClassLabel`'s as `datasets` has them. A label is matched with the names,
+    else taken as an id, unless names are numbers themselves. `kind` None: classification where `names` are given; else
+    regression for numbers with a fraction, or any numbers in a column called score. Where no row has a label (hub sets
+    write -1), there are none.
 
     Raises `ValueError`, with the row, for anything else than text, a missing label, labels of mixed kinds, one that is
     not among the names or no number; and if no row is left, or one class alone.
@@ -182,7 +183,7 @@ def _read_label(row: dict[str, Any], name: str, number: int) -> Label | None:
     if hasattr(value, "item"):  # NumPy's numbers
         value = value.item()
     if isinstance(value, str):
-        return value.strip() or None
+        return value if isinstance(value, ClassName) else value.strip() or None
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if not isinstance(value, bool | int | float):

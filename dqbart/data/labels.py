@@ -22,6 +22,26 @@ SCORE_NAMES = ("score", "similarity_score", "similarity", "relatedness_score")  
 _NUMBER = re.compile(r"-?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")  # "007" is a name
 _BOOLEANS = {"false": 0, "true": 1}
 _SHOWN = 5  # names in a message
+_NO_LABEL = "hub sets write -1 for no label, so leave such rows out"
+
+
+class ClassName(str):
+    """A class by the name that its data set has for it; `names`: of all its classes, in the data's id order."""
+
+    names: Sequence[str]
+
+
+def data_classes(names: Sequence[str]) -> list[ClassName]:
+    """The classes of a data set's column, in id order."""
+    found = [ClassName(name) for name in names]
+    for name in found:
+        name.names = names
+    return found
+
+
+def unnamed(names: Sequence[str]) -> bool:
+    """Whether they are what transformers calls classes that nobody named."""
+    return list(names) == [f"LABEL_{i}" for i in range(len(names))]
 
 
 def check_names(names: Sequence[str] | None, kind: Kind | None) -> None:
@@ -76,6 +96,8 @@ def _all_or_none(column: str, values: Mapping[int, Label | None]) -> dict[int, L
         kinds.setdefault(kind, (row, value))
     if len(kinds) > 1:
         (first, (one, a)), (second, (two, b)) = list(kinds.items())[:2]
+        if isinstance(b if a == -1 else a, ClassName):  # the other is -1: all other ids have become names
+            raise ValueError(f"row {one if a == -1 else two}: column {column!r} holds -1, {_NO_LABEL}")
         raise ValueError(
             f"row {two}: column {column!r} holds {second}, {b!r:.60}, but row {one} has {first}, {a!r:.60}; "
             "expected one kind"
@@ -104,10 +126,7 @@ def _class_names(column: str, labels: Mapping[int, Label], numbers: Mapping[int,
         different = sorted(set(numbers.values()))
         if different[0] == -1 and different[1:3] == [0, 1] and different[-1] > 1:
             row = next(row for row, number in numbers.items() if number == -1)
-            raise ValueError(
-                f"row {row}: column {column!r} holds -1, others up to {different[-1]}; hub sets write -1 for no label, "
-                "so leave such rows out"
-            )
+            raise ValueError(f"row {row}: column {column!r} holds -1, others up to {different[-1]}; {_NO_LABEL}")
         names = [str(number) for number in different]
     else:
         names = sorted({str(value) for value in labels.values()})
@@ -115,7 +134,8 @@ def _class_names(column: str, labels: Mapping[int, Label], numbers: Mapping[int,
         raise ValueError(
             f"column {column!r}: all {len(labels)} labels are {names[0]!r:.60}; expected 2 classes or more"
         )
-    return names
+    first = next(iter(labels.values()))
+    return list(first.names) if isinstance(first, ClassName) else names
 
 
 def _class_id(column: str, row: int, value: Label, names: Sequence[str]) -> int:
@@ -128,14 +148,20 @@ def _class_id(column: str, row: int, value: Label, names: Sequence[str]) -> int:
     if folded.count(text.casefold()) == 1:
         return folded.index(text.casefold())
     by_id = not any(isinstance(_number(name), int) for name in names)
-    number = _BOOLEANS.get(text.casefold(), number)
+    if isinstance(value, ClassName) and (number is not None or unnamed(names)):
+        number = value.names.index(value)  # one side has no names, so ids are all there is to go by
+    else:
+        number = _BOOLEANS.get(text.casefold(), number)
     if by_id and isinstance(number, int) and 0 <= number < len(names):
         return number
     close = get_close_matches(text, names, n=1)
+    if isinstance(value, ClassName):
+        hint = "; classes go by their names: name them alike, in the data or as id2label in the model's config.json"
+    else:
+        hint = f", nor an id from 0 to {len(names) - 1}" if by_id else ""
     raise ValueError(
         f"row {row}: label {value!r:.60} in column {column!r} is none of the {len(names)} known: {_shorten(names)}"
-        f"{f', nor an id from 0 to {len(names) - 1}' if by_id else ''}"
-        f"{f'; did you mean {close[0]!r}?' if close else ''}"
+        f"{hint}{f'; did you mean {close[0]!r}?' if close else ''}"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from dqbart.data.files import load_rows
 from dqbart.data.labelled import LabelCollator, Labelled, encode_labelled, guess_label_columns, read_labelled
+from dqbart.data.labels import unnamed
 from dqbart.data.splits import data_name
 from dqbart.evaluation.label_metrics import score_labels
 from dqbart.evaluation.predict import predict_logits
@@ -87,7 +88,7 @@ class Labels(Task):
         own = class_names(config)
         if self.recipe.task == "regression" or names is None or own == names:
             return model
-        if len(own) != len(names) or not (sorted(own) == sorted(names) or _unnamed(own) or _unnamed(names)):
+        if len(own) != len(names) or not (sorted(own) == sorted(names) or unnamed(own) or unnamed(names)):
             raise ValueError(
                 f"{type(model).__name__} has classes {', '.join(own)[:80]}; expected {', '.join(names)[:80]}: give a "
                 "checkpoint without a head, or one of the same classes"
@@ -96,7 +97,7 @@ class Labels(Task):
             head = [module for module in model.classifier.modules() if hasattr(module, "out_features")][-1]
             order = [own.index(name) for name in names]
             head.weight.data, head.bias.data = head.weight.data[order], head.bias.data[order]
-        if not _unnamed(names):
+        if not unnamed(names):
             config.id2label = dict(enumerate(names))
             config.label2id = {name: i for i, name in enumerate(names)}
         return model
@@ -141,11 +142,6 @@ def has_head(config: Any) -> bool:
 def class_names(config: Any) -> list[str]:
     """In id order; config.json may have numbers for names."""
     return [str(config.id2label[i]) for i in range(config.num_labels)]
-
-
-def _unnamed(names: list[str]) -> bool:
-    """Whether they are what transformers calls classes that nobody named."""
-    return names == [f"LABEL_{i}" for i in range(len(names))]
 
 
 def with_head(model: Any, recipe: Recipe, names: list[str] | None) -> Any:
