@@ -47,6 +47,7 @@ def load_teacher(
         _check_config(getattr(model, "config", None), type(model).__name__)
         task = task or _task_of(type(model).__name__, model.config)
         model = copy.deepcopy(model).float()  # the user's own stays as it is
+        model.config.architectures = [type(model).__name__]  # not what the checkpoint was that it began as
     if isinstance(tokenizer, str | Path):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     if tokenizer is None:
