@@ -98,7 +98,7 @@ def open_task(recipe: Recipe, tokenizer: Any, model: Any, folder: Any = None) ->
     if recipe.task == "text":
         from dqbart.tasks.text import PlainText
 
-        return PlainText(recipe, tokenizer)
+        return PlainText(recipe, tokenizer, model)
     if recipe.task == "questions":
         from dqbart.tasks.questions import QuestionAnswering
 

@@ -63,7 +63,7 @@ class Labels(Task):
             return self._with_our_names(model)
         if not new_head:
             raise ValueError(
-                f"teacher {type(model).__name__}: has no head for {self.recipe.task}; train one first, with --method "
+                f"{model.config.architectures[0]}: has no head for {self.recipe.task}; train one first, with --method "
                 f"finetune --bits 32-32-32 --task {self.recipe.task}"
             )
         if self.recipe.task == "classification" and not self.names:

@@ -44,7 +44,7 @@ class QuestionAnswering(Task):
         architecture = (model.config.architectures or ["ForQuestionAnswering"])[0]
         if not new_head and not architecture.endswith("ForQuestionAnswering"):
             raise ValueError(
-                f"teacher {architecture}: has no head for questions; train one first, with --method finetune "
+                f"{architecture}: has no head for questions; train one first, with --method finetune "
                 "--bits 32-32-32 --task questions"
             )
         return model

@@ -25,7 +25,7 @@ def open_model(folder: str, device: str | None, task: str | None = None) -> tupl
     recipe_file = Path(folder) / "recipe.yaml"
     if not recipe_file.is_file():
         model, tokenizer, task = load_teacher(folder, None, device, task, role="model")
-        return model, tokenizer, resolve(Recipe(task=task), model.config)
+        return model, tokenizer, resolve(Recipe(task=task, epochs=0), model.config)  # nothing is trained
     recipe = Recipe.from_yaml(recipe_file)
     if task not in (None, recipe.task):
         raise ValueError(f"task {task!r}: {folder} was made for task {recipe.task!r}; leave --task out")
@@ -51,7 +51,8 @@ def evaluate(
     device: str | None = None,
 ) -> tuple[Score, list[dict[str, str]]]:
     """Score with interval, and every source, reference and output. `generation` is laid over the folder's own settings;
-    `source_lang`, `target_lang`: mBART codes, `language`: of the references. Raises as the readers and metrics do.
+    `source_lang`, `target_lang`: mBART codes, `language`: of the references. Raises as the readers and metrics do, and
+    `ValueError` for a checkpoint that has no head for the task.
     """
     model, tokenizer, recipe = open_model(folder, device, task)
     changes: dict[str, Any] = {
@@ -63,6 +64,8 @@ def evaluate(
         raise ValueError(f"generation {generation}: task {recipe.task!r} writes nothing; leave it out")
     recipe = dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})
     work = open_task(recipe, tokenizer, model, folder)
+    if not (Path(folder) / "recipe.yaml").is_file():
+        model = work.adapt(model, new_head=False)  # a checkpoint without a head for the task got one made at random
     examples = work.read_split(data, split)
     if not work.is_scored(examples):
         raise ValueError(work.why_unscored(data))

@@ -35,7 +35,7 @@ class EncoderSequenceToSequence(Task):
         named = isinstance(self.folder, str | Path)
         if not new_head and named and "logits" in self.recipe.terms and task_of_run(self.folder) != "s2s":
             raise ValueError(
-                f"teacher {str(self.folder)!r}: nothing says that it can write; fine-tune it first, with --task s2s "
+                f"{str(self.folder)!r}: nothing says that it can write; fine-tune it first, with --task s2s "
                 "--method finetune --bits 32-32-32 (and --epochs 0 if it was fine-tuned elsewhere)"
             )
         return model

@@ -25,8 +25,9 @@ class PlainText(Task):
     words that are guessed right. Methods that look at nothing but inner layers have no dev score.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: Any, model: Any) -> None:
         super().__init__(recipe, tokenizer)
+        self.has_words = model.get_output_embeddings() is not None
         self.collator = BlockCollator(tokenizer.pad_token_id)
 
     def read_split(self, data: Any, split: str) -> PlainTexts:
@@ -60,9 +61,11 @@ class PlainText(Task):
         return MaskedItems(pairs, masker, self.recipe.seed), self.collator
 
     def is_scored(self, examples: PlainTexts) -> bool:
-        return self.recipe.elastic or bool(self.recipe.terms.keys() & {"task", "logits"})
+        return self.has_words and (self.recipe.elastic or bool(self.recipe.terms.keys() & {"task", "logits"}))
 
     def why_unscored(self, data: Any) -> str:
+        if not self.has_words:
+            return "the checkpoint has no masked-language-model head, so there are no words to guess"
         return (
             f"method {self.recipe.method!r} looks at inner layers alone, so there are no words to guess; fine-tune the "
             "student on a task (dqbart compress --student), and score that"
