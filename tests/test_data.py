@@ -165,6 +165,7 @@ def test_hub_goes_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     cache_dir = str(tmp_path / "cache")
     dataset = files._ask_hub("load_dataset", str(folder), None, split="train", cache_dir=cache_dir)
     assert load_rows(dataset) == ROWS
+    assert load_rows(files._ask_hub("load_dataset", str(folder), None, cache_dir=cache_dir)) == ROWS
     with pytest.raises(ValueError, match="hub data set it can't be read .*owner/name:configuration"):
         files._ask_hub("load_dataset", str(folder), None, split="nowhere", cache_dir=cache_dir)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

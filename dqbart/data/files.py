@@ -10,6 +10,7 @@ import csv
 import gzip
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
@@ -35,7 +36,7 @@ SUFFIXES = (
 )
 SPLIT_NAMES = {
     "train": ("train",),
-    "validation": ("validation", "valid", "val", "dev"),
+    "validation": ("validation", "valid", "val", "dev", "development", "eval", "evaluation"),
     "test": ("test",),
 }
 
@@ -51,7 +52,8 @@ def load_rows(data: Any, *, split: str = "train") -> list[Row]:
     blank lines set apart; a folder of files named after their split (`train.jsonl`, `validation.csv`,
     `test.en-de.tsv`, numbered shards); a hub name, `owner/name` or `owner/name:configuration`; a
     `datasets.Dataset`, whose classes come by name; an iterable of dicts; or a dict from split names to one of these.
-    `split` picks from what has splits, and means nothing for one file or one list.
+    `split` picks from what has splits, and means nothing for one file or one list. Of a folder, a hub data set or a
+    dict it is found under its other names, too: `dev`, `val`, `validation_matched`.
 
     Raises `FileNotFoundError` where there is nothing to read, `ValueError` where it can't be
     understood: one line with the file, and the line number where there is one.
@@ -69,11 +71,14 @@ def load_rows(data: Any, *, split: str = "train") -> list[Row]:
             return [row for file in chosen for row in _read(file)]
         if path.exists():
             return _read(path)
-        return _hub(str(data), split)
+        data = _hub(str(data))
     if isinstance(data, Mapping):
-        if split not in data:
+        name = find_split(data, split)
+        if name is None:
             raise ValueError(f"data has no split {split!r}; it has {', '.join(map(repr, data)) or 'none'}")
-        return load_rows(data[split])
+        if name != split:
+            print(f"{split}: split {name!r} of the data", file=sys.stderr, flush=True)
+        return load_rows(data[name])
     features: Any = getattr(data, "features", None)
     if hasattr(data, "to_list"):  # datasets.Dataset, several times quicker than iterating it
         data = data.to_list()
@@ -97,15 +102,34 @@ def list_splits(data: Any) -> list[str]:
         if path.is_dir():
             return list(_split_files(path))
         if not path.exists():
-            name, configuration = _hub_name(str(data))
-            return list(_ask_hub("get_dataset_split_names", name, configuration))
+            return list(_hub(str(data)))
     return ["train"]
+
+
+def find_split(names: Iterable[str], split: str) -> str | None:
+    """The one of `names` that is meant by `split`, train, validation or test: what is called so, else the first with
+    another spelling, else the first that begins with one. None where there is none.
+    """
+    names = list(names)
+    if split in names:
+        return split
+    known = next((name for name, spellings in SPLIT_NAMES.items() if split in spellings), None)
+    alike = [name for name in names if known is not None and _split_of(name) == known]
+    return min(alike, key=lambda name: name.lower() not in SPLIT_NAMES[known or ""], default=None)
 
 
 def _path(data: str | Path) -> Path:
     if not str(data):  # Path("") is the current folder
         raise FileNotFoundError(f"data {data!r}: no such file or folder; expected a path or a hub name")
     return Path(data).expanduser()
+
+
+def _split_of(name: str) -> str | None:
+    """Train, validation or test, by how a name begins: `dev`, `validation_matched`, `test.en-de`."""
+    for split, spellings in SPLIT_NAMES.items():
+        if re.match(rf"({'|'.join(spellings)})([-_.]|$)", name, re.IGNORECASE):
+            return split
+    return None
 
 
 def _known(split: str) -> str:
@@ -119,9 +143,8 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
     """Data files by split. Two files of one split are an error, unless they are numbered shards."""
     found: dict[str, list[Path]] = {}
     files = [file for file in sorted(folder.iterdir()) if _suffix(file)]
-    for name, spellings in SPLIT_NAMES.items():
-        start = re.compile(rf"({'|'.join(spellings)})([-_.].*)?$")
-        matches = [file for file in files if start.match(file.name.removesuffix(_suffix(file)))]
+    for name in SPLIT_NAMES:
+        matches = [file for file in files if _split_of(file.name.removesuffix(_suffix(file))) == name]
         if len(matches) > 1 and not all(_SHARD.search(f.name.removesuffix(_suffix(f))) for f in matches):
             raise ValueError(
                 f"data {str(folder)!r}: several {name} files "
@@ -258,10 +281,9 @@ def _hub_name(data: str) -> tuple[str, str | None]:
     return name, configuration or None
 
 
-def _hub(data: str, split: str) -> list[Row]:
-    name, configuration = _hub_name(data)
-    dataset = _ask_hub("load_dataset", name, configuration, split=split)
-    return load_rows(dataset)
+def _hub(data: str) -> Any:
+    """All splits of a hub data set, by their names."""
+    return _ask_hub("load_dataset", *_hub_name(data))
 
 
 def _ask_hub(function: str, name: str, configuration: str | None, **arguments: Any) -> Any:

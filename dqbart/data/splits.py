@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dqbart.data.columns import Examples, Splittable, guess_columns, hold_out, read_examples
-from dqbart.data.files import list_splits, load_rows
+from dqbart.data.files import find_split, list_splits, load_rows
 from dqbart.recipe import Recipe
 
 E = TypeVar("E", bound=Splittable)
@@ -20,7 +20,8 @@ def train_and_dev(
     """`(train, dev)`, as `read(data, split)` gives them; both None without data.
 
     Dev is `dev_data`, else the validation split of `data`, else up to `held_out` examples (a tenth, and equal sources
-    together) taken from the training data by hash. What has no references is no dev set. Raises what `read` raises, and
+    together) taken from the training data by hash. What has no references is no dev set. Says which splits are left
+    out. Raises what `read` raises, and
     `ValueError` where training is asked for without data.
     """
     if data is None:
@@ -29,10 +30,15 @@ def train_and_dev(
                 f"data is missing: {recipe.epochs:g} epochs of training need --data FILE; --epochs 0 quantizes without"
             )
         return None, None if dev_data is None else read(dev_data, "validation")
+    splits = list_splits(data)
+    wanted = ["train"] if dev_data is not None else ["train", "validation"]
+    left = [name for name in splits if name not in {find_split(splits, split) for split in wanted}]
     train = read(data, "train")
+    if left:
+        print(f"{data_name(data)}: split {', '.join(left)} left out", file=sys.stderr, flush=True)
     if dev_data is not None:
         return train, read(dev_data, "validation")
-    if "validation" in list_splits(data):
+    if find_split(splits, "validation") is not None:
         dev = read(data, "validation")
         if has_references(dev):
             return train, dev
