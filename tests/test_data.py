@@ -318,7 +318,7 @@ def test_a_validation_split_is_used_if_it_can_be_scored(labelled: tuple[str, ...
     def read(data: Any, split: str) -> Examples:
         return read_split(data, recipe, split)
 
-    train, dev = train_and_dev(read, tmp_path, None, recipe, 4, lambda e: e.targets is not None)
+    train, dev = train_and_dev(read, tmp_path, None, recipe, lambda e: hold_out(e, 4), lambda e: e.targets is not None)
     assert train is not None and len(train) == 40
     if "validation" in labelled:
         assert dev is not None and len(dev) == 5

@@ -49,6 +49,10 @@ class PlainTexts:
         chosen = [self.documents[i] for i in indices]
         return dataclasses.replace(self, documents=chosen, skipped=0)
 
+    def apart(self) -> "PlainTexts":
+        """Every text by itself, so that a part of them is a fair sample, and no more than was asked for."""
+        return dataclasses.replace(self, documents=[[text] for texts in self.documents for text in texts])
+
     def __str__(self) -> str:
         line = f"{len(self):,} documents, {sum(map(len, self.documents)):,} texts"
         grouped = f"documents by {self.document_column!r}" if self.document_column else "every row is a document"
@@ -82,6 +86,20 @@ def read_texts(
         raise ValueError(f"column {text!r}: all {len(rows)} rows are empty there")
     guessed = column is None or (document is not None and document_column is None)
     return PlainTexts(documents, text, document, guessed, sum(not text for text in texts))
+
+
+def hold_out_end(texts: PlainTexts, count: int) -> tuple[PlainTexts, PlainTexts]:
+    """Split off the last `count` texts: (rest, held out). Where documents are too few to spare one, the neighbours of
+    texts taken here and there would be trained on.
+    """
+    left = sum(map(len, texts.documents)) - count
+    rest, held = [], []
+    for document in texts.documents:
+        rest.append(document[: max(0, left)])
+        held.append(document[max(0, left) :])
+        left -= len(document)
+    first, second = ([part for part in parts if part] for parts in (rest, held))
+    return dataclasses.replace(texts, documents=first), dataclasses.replace(texts, documents=second, skipped=0)
 
 
 def _text_column(rows: Sequence[dict[str, Any]], column: str | None) -> str:

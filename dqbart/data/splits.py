@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dqbart.data.columns import Examples, Splittable, guess_columns, hold_out, read_examples
+from dqbart.data.columns import Examples, Splittable, guess_columns, read_examples
 from dqbart.data.files import find_split, list_splits, load_rows
 from dqbart.recipe import Recipe
 
@@ -14,15 +14,14 @@ _LOOK = 1000  # targets that the language is told by
 
 
 def train_and_dev(
-    read: Callable[[Any, str], E], data: Any, dev_data: Any, recipe: Recipe, held_out: int,
-    has_references: Callable[[E], bool],
+    read: Callable[[Any, str], E], data: Any, dev_data: Any, recipe: Recipe,
+    divide: Callable[[E], tuple[E, E] | None], has_references: Callable[[E], bool],
 ) -> tuple[E | None, E | None]:  # fmt: skip
     """`(train, dev)`, as `read(data, split)` gives them; both None without data.
 
-    Dev is `dev_data`, else the validation split of `data`, else up to `held_out` examples (a tenth, and equal sources
-    together) taken from the training data by hash. What has no references is no dev set. Says which splits are left
-    out. Raises what `read` raises, and
-    `ValueError` where training is asked for without data.
+    Dev is `dev_data`, else the validation split of `data`, else what `divide` takes from the training data, which is
+    None where they are too few. What has no references is no dev set. Says which splits are left out, and where nothing
+    can be held out. Raises what `read` raises, and `ValueError` where training is asked for without data.
     """
     if data is None:
         if recipe.trains:
@@ -44,8 +43,13 @@ def train_and_dev(
             return train, dev
         print("the validation split has nothing to score against: left out", file=sys.stderr, flush=True)
         return train, None
-    count = min(held_out, len(train) // 10)
-    return hold_out(train, count) if count and has_references(train) else (train, None)
+    divided = divide(train) if has_references(train) else None
+    if divided is None and has_references(train):
+        print(
+            f"{data_name(data)}: too little to hold anything out, so there will be no score; give --dev-data",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    return divided or (train, None)
 
 
 def data_name(data: Any) -> str:

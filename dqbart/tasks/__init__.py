@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dqbart.data.columns import hold_out
 from dqbart.data.splits import data_name, train_and_dev
 from dqbart.evaluation.metrics import Score
 from dqbart.recipe import METRICS, Recipe
@@ -34,11 +35,16 @@ class Task:
 
     def read(self, data: Any, dev_data: Any) -> tuple[Any, Any]:
         """`(train, dev)`, each None where there is none. Says on stderr what is used of the data."""
-        return train_and_dev(self.read_split, data, dev_data, self.recipe, DEV_HELD_OUT, self.is_scored)
+        return train_and_dev(self.read_split, data, dev_data, self.recipe, self.hold_out, self.is_scored)
 
     def read_split(self, data: Any, split: str) -> Any:
         """The examples of one split."""
         raise NotImplementedError
+
+    def hold_out(self, train: Any) -> tuple[Any, Any] | None:
+        """`(rest, dev)`: a tenth by hash, up to `DEV_HELD_OUT`, equal sources together; None of fewer than ten."""
+        count = min(DEV_HELD_OUT, len(train) // 10)
+        return hold_out(train, count) if count else None
 
     def adapt(self, model: Any, *, new_head: bool) -> Any:
         """The model with a head for the data that was read; the same object where it has one. Raises `ValueError` where

@@ -1,6 +1,5 @@
 """Plain text, for students of everything and nothing: general distillation, with or without masked words."""
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,13 @@ import numpy as np
 
 from dqbart.data.blocks import EncodedBlocks, encode_blocks, encode_pairs_of_segments
 from dqbart.data.masking import BlockCollator, MaskedItems, Masker
-from dqbart.data.plain import PlainTexts, read_texts
+from dqbart.data.plain import PlainTexts, hold_out_end, read_texts
 from dqbart.data.sentence_order import SentenceOrder
 from dqbart.data.splits import data_name
 from dqbart.evaluation.metrics import Score, bootstrap_interval
 from dqbart.evaluation.predict import predict_masked
 from dqbart.recipe import Recipe
-from dqbart.tasks import PROBES, Outcome, Task
+from dqbart.tasks import DEV_HELD_OUT, PROBES, Outcome, Task
 
 PROBE_TOKENS = 64  # logits of whole vocabularies are large
 
@@ -33,9 +32,17 @@ class PlainText(Task):
     def read_split(self, data: Any, split: str) -> PlainTexts:
         found = read_texts(data, split, self.recipe.source_column, self.recipe.document_column)
         print(f"{data_name(data)} ({split}): {found}", file=sys.stderr, flush=True)
-        if split != "train":  # every text by itself, so that a part of them is a fair sample
-            found = dataclasses.replace(found, documents=[[text] for texts in found.documents for text in texts])
-        return found
+        return found if split == "train" else found.apart()
+
+    def hold_out(self, train: PlainTexts) -> tuple[PlainTexts, PlainTexts] | None:
+        divided = super().hold_out(train)
+        count = min(DEV_HELD_OUT, sum(map(len, train.documents)) // 10)
+        if divided is None and count:
+            print(
+                f"too few documents to hold any out: the last {count:,} texts are held out", file=sys.stderr, flush=True
+            )
+            divided = hold_out_end(train, count)
+        return divided and (divided[0], divided[1].apart())
 
     def adapt(self, model: Any, *, new_head: bool) -> Any:
         if not self.recipe.trains and not self.recipe.elastic:
