@@ -7,6 +7,7 @@ import pytest
 from conftest import bert_tokenizer, sentences, write
 from tiny_models import tiny_encoder
 
+import dqbart
 from dqbart.data.columns import Examples, sample
 from dqbart.data.files import find_split, list_splits, load_rows
 from dqbart.data.splits import read_split, train_and_dev
@@ -102,3 +103,18 @@ def test_held_out_documents_are_scored_by_their_texts() -> None:
     assert plain_text().read({"train": books, "dev": books[:90]}, None)[1].documents == [
         [r["text"]] for r in books[:90]
     ]
+
+
+def test_dev_data_that_are_given_have_to_be_scored(classifier: Path, bert: Path, tmp_path: Path, capsys: Any) -> None:
+    rows = [{"sentence": text, "label": "dog" if "dog" in text else "other"} for text in sentences(40)]
+    texts = write(tmp_path / "texts.jsonl", [{"sentence": row["sentence"]} for row in rows])
+    for method, data in (("dq", rows), ("prediction", texts), ("prediction", None)):
+        recipe = Recipe(bits="8-8-8", method=method, epochs=0 if data is None else 1)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"data 'texts.jsonl': no target column to score .*; give --target-column"):
+            dqbart.compress(classifier, data, dev_data=texts, recipe=recipe, output=tmp_path / "out")
+    sentence = Recipe(bits="8-8-8", method="sentence", task="sentences", epochs=0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no pairs of sentences with similarities .*; give --pair-column and --target"):
+        dqbart.compress(bert, texts, dev_data=rows, recipe=sentence, output=tmp_path / "out")
+    general = Recipe(bits="8-8-8", method="minilm2", task="text", epochs=0)  # type: ignore[arg-type]
+    dqbart.compress(bert, texts, dev_data=texts, recipe=general, output=tmp_path / "general")  # labels would not help
+    assert "dev data 'texts.jsonl': not scored; method 'minilm2' looks at inner layers alone" in capsys.readouterr().err

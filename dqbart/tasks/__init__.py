@@ -4,6 +4,7 @@ A task ties together readers (dqbart/data), collators and metrics (dqbart/evalua
 pipeline and the command line make, so that neither knows one task from another.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,22 @@ class Task:
     """`examples` are what `read` gives: dataclasses of lists that have a length and `select`."""
 
     pooling: Any = None  # of sentence embeddings
+    needs_references = True  # whether examples can lack what a score needs
 
     def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer
 
     def read(self, data: Any, dev_data: Any) -> tuple[Any, Any]:
-        """`(train, dev)`, each None where there is none. Says on stderr what is used of the data."""
-        return train_and_dev(self.read_split, data, dev_data, self.recipe, self.hold_out, self.is_scored)
+        """`(train, dev)`, each None where there is none. Says on stderr what is used of the data. Raises `ValueError`
+        for `dev_data` that lack what a score needs.
+        """
+        train, dev = train_and_dev(self.read_split, data, dev_data, self.recipe, self.hold_out, self.is_scored)
+        if dev_data is not None and not self.is_scored(dev):
+            why = self.why_unscored(dev_data, dev)
+            if self.needs_references:
+                raise ValueError(why)
+            print(f"dev data {data_name(dev_data)!r}: not scored; {why}", file=sys.stderr, flush=True)
+        return train, dev
 
     def read_split(self, data: Any, split: str) -> Any:
         """The examples of one split."""
@@ -60,7 +70,7 @@ class Task:
         """Whether the examples have what a score needs."""
         raise NotImplementedError
 
-    def why_unscored(self, data: Any) -> str:
+    def why_unscored(self, data: Any, examples: Any) -> str:
         """What is missing where `is_scored` is false, for an error."""
         return f"data {data_name(data)!r}: no target column to score against; give --target-column"
 

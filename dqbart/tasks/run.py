@@ -68,7 +68,7 @@ def evaluate(
         model = work.adapt(model, new_head=False)  # a checkpoint without a head for the task got one made at random
     examples = work.read_split(data, split)
     if not work.is_scored(examples):
-        raise ValueError(work.why_unscored(data))
+        raise ValueError(work.why_unscored(data, examples))
     examples = sample(examples, limit)
     outcome = work.score(model, examples)
     rows = [row | {"output": text} for row, text in zip(work.shown(examples), outcome.outputs, strict=True)]

@@ -103,7 +103,7 @@ def sensitivity(
     task = open_task(recipe, tokenizer, teacher, name)
     examples = sample(task.read_split(data, "validation"), limit)
     if (score_outputs or teacher.config.is_encoder_decoder) and not task.is_scored(examples):
-        raise ValueError(task.why_unscored(data))
+        raise ValueError(task.why_unscored(data, examples))
     switch = Switch(task.adapt(teacher, new_head=False), recipe, per)
     found = _forced(switch, task, examples) if teacher.config.is_encoder_decoder else _hidden(switch, task, examples)
     scores: dict[str, float | None] = dict.fromkeys(found)

@@ -67,7 +67,7 @@ class Sentences(Task):
     def is_scored(self, examples: Labelled) -> bool:
         return examples.labels is not None
 
-    def why_unscored(self, data: Any) -> str:
+    def why_unscored(self, data: Any, examples: Labelled) -> str:
         return (
             f"data {data_name(data)!r}: no pairs of sentences with similarities to score against; give --pair-column "
             "and --target-column"

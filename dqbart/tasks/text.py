@@ -24,6 +24,8 @@ class PlainText(Task):
     words that are guessed right. Methods that look at nothing but inner layers have no dev score.
     """
 
+    needs_references = False
+
     def __init__(self, recipe: Recipe, tokenizer: Any, model: Any) -> None:
         super().__init__(recipe, tokenizer)
         self.has_words = model.get_output_embeddings() is not None
@@ -70,7 +72,7 @@ class PlainText(Task):
     def is_scored(self, examples: PlainTexts) -> bool:
         return self.has_words and (self.recipe.elastic or bool(self.recipe.terms.keys() & {"task", "logits"}))
 
-    def why_unscored(self, data: Any) -> str:
+    def why_unscored(self, data: Any, examples: PlainTexts) -> str:
         if not self.has_words:
             return "the checkpoint has no masked-language-model head, so there are no words to guess"
         return (
