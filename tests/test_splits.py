@@ -12,6 +12,7 @@ from dqbart.data.columns import Examples, sample
 from dqbart.data.files import find_split, list_splits, load_rows
 from dqbart.data.splits import read_split, train_and_dev
 from dqbart.recipe import Recipe
+from dqbart.tasks.run import evaluate
 from dqbart.tasks.text import PlainText
 
 RECIPE = Recipe(source_column="source")
@@ -112,6 +113,14 @@ def test_dev_data_that_are_given_have_to_be_scored(classifier: Path, bert: Path,
         recipe = Recipe(bits="8-8-8", method=method, epochs=0 if data is None else 1)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"data 'texts.jsonl': no target column to score .*; give --target-column"):
             dqbart.compress(classifier, data, dev_data=texts, recipe=recipe, output=tmp_path / "out")
+    hidden = write(tmp_path / "hidden.jsonl", [row | {"label": -1} for row in rows])
+    said = r"data 'hidden.jsonl': all labels are -1, which is how sets hide those of a test split; give a split or a f"
+    for given in (dict(dev_data=hidden), dict(data=hidden)):
+        with pytest.raises(ValueError, match=said):
+            dqbart.compress(classifier, **dict(data=rows) | given, recipe=Recipe(epochs=1), output=tmp_path / "out")
+    with pytest.raises(ValueError, match=said):
+        evaluate(str(classifier), hidden)
+    assert "columns" in (err := capsys.readouterr().err) and "no labels (all are -1: hidden)" in err
     sentence = Recipe(bits="8-8-8", method="sentence", task="sentences", epochs=0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no pairs of sentences with similarities .*; give --pair-column and --target"):
         dqbart.compress(bert, texts, dev_data=rows, recipe=sentence, output=tmp_path / "out")

@@ -61,7 +61,8 @@ class Labelled:
     """Labelled texts: lists of one length, `None` where the data has no such column. `str()` is a line to print.
 
     Labels are class ids, with `names` in id order, or for regression numbers, without. `skipped` counts rows left out
-    because a text of theirs was empty. `origins`: the texts that augmented ones were made of.
+    because a text of theirs was empty. `origins`: the texts that augmented ones were made of. `hidden`: there are no
+    labels because all are -1.
     """
 
     texts: list[str]
@@ -71,6 +72,7 @@ class Labelled:
     kind: Kind | None = None
     skipped: int = 0
     origins: list[str] | None = None
+    hidden: bool = False
 
     @property
     def sources(self) -> list[str]:
@@ -86,14 +88,14 @@ class Labelled:
         labels: Any = None if self.labels is None else [self.labels[i] for i in chosen]
         pairs = None if self.pairs is None else [self.pairs[i] for i in chosen]
         origins = None if self.origins is None else [self.origins[i] for i in chosen]
-        return Labelled([self.texts[i] for i in chosen], pairs, labels, self.names, self.kind, origins=origins)
+        return Labelled([self.texts[i] for i in chosen], pairs, labels, self.names, self.kind, 0, origins, self.hidden)
 
     def __str__(self) -> str:
         parts = [f"{len(self):,} {'texts' if self.pairs is None else 'pairs'}"]
         if self.skipped:
             parts.append(f"{self.skipped:,} with empty texts left out")
         if self.labels is None:
-            parts.append("no labels")
+            parts.append("no labels (all are -1: hidden)" if self.hidden else "no labels")
         elif self.names is None:
             low, high = min(self.labels), max(self.labels)
             parts.append(f"regression, labels {low:g} to {high:g}, mean {math.fsum(self.labels) / len(self):.4g}")
@@ -175,6 +177,7 @@ def read_labelled(
     return Labelled(
         texts, pairs if columns.pair else None, found, known, kind, len(rows) - len(texts),
         origins if any(VARIANT_OF in row for row in rows) else None,
+        found is None and any(label is not None for label in labels.values()),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from dqbart.evaluation.metrics import Score
 from dqbart.recipe import METRICS, Recipe
 
 DEV_HELD_OUT = 500
+HIDDEN = "all labels are -1, which is how sets hide those of a test split; give a split or a file that has them"
 PROBES = 16  # examples on which a packed model is held to its student
 
 
@@ -72,6 +73,8 @@ class Task:
 
     def why_unscored(self, data: Any, examples: Any) -> str:
         """What is missing where `is_scored` is false, for an error."""
+        if getattr(examples, "hidden", False):
+            return f"data {data_name(data)!r}: {HIDDEN}"
         return f"data {data_name(data)!r}: no target column to score against; give --target-column"
 
     def score(self, model: Any, examples: Any, *, settings: Any = None) -> Outcome:

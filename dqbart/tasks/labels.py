@@ -14,7 +14,7 @@ from dqbart.evaluation.label_metrics import score_labels
 from dqbart.evaluation.predict import predict_logits
 from dqbart.recipe import Recipe
 from dqbart.student.sharing import shared_model
-from dqbart.tasks import PROBES, Outcome, Task
+from dqbart.tasks import HIDDEN, PROBES, Outcome, Task
 
 
 class Labels(Task):
@@ -37,9 +37,9 @@ class Labels(Task):
         train, dev = super().read(data, dev_data)
         asked = self.recipe.trains and any("task" in stage.terms for stage in self.recipe.stages())
         if asked and train is not None and train.labels is None:
+            why = HIDDEN if train.hidden else "no labels, which losses.task needs; give --target-column"
             raise ValueError(
-                f"data {data_name(data)!r}: no labels, which losses.task needs; give --target-column, or learn from "
-                "the teacher alone with --method prediction"
+                f"data {data_name(data)!r}: {why}, or learn from the teacher alone with --method prediction"
             )
         return train, dev
 

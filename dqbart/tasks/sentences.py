@@ -68,6 +68,8 @@ class Sentences(Task):
         return examples.labels is not None
 
     def why_unscored(self, data: Any, examples: Labelled) -> str:
+        if examples.hidden:
+            return super().why_unscored(data, examples)
         return (
             f"data {data_name(data)!r}: no pairs of sentences with similarities to score against; give --pair-column "
             "and --target-column"
