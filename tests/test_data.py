@@ -16,6 +16,7 @@ from dqbart.data import files
 from dqbart.data.batches import Collator, encode_pairs, language_codes, set_languages
 from dqbart.data.columns import Columns, Examples, guess_columns, hold_out, read_examples, sample
 from dqbart.data.files import list_splits, load_rows
+from dqbart.data.formats import SUFFIXES
 from dqbart.data.splits import read_split, train_and_dev
 from dqbart.recipe import Recipe
 
@@ -48,7 +49,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 # --- files
 
 
-@pytest.mark.parametrize("name", [f"rows{s}" for s in files.SUFFIXES if "txt" not in s] + ["ROWS.CSV"])
+@pytest.mark.parametrize("name", [f"rows{s}" for s in SUFFIXES if "txt" not in s] + ["ROWS.CSV"])
 def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     if name == "ROWS.CSV":
         (tmp_path / name).write_bytes(write(tmp_path / "rows.csv", ROWS).read_bytes())
@@ -163,11 +164,11 @@ def test_hub_goes_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder.mkdir()
     write(folder / "train.jsonl", ROWS)
     cache_dir = str(tmp_path / "cache")
-    dataset = files._ask_hub("load_dataset", str(folder), None, split="train", cache_dir=cache_dir)
+    dataset = files._hub(str(folder), None, split="train", cache_dir=cache_dir)
     assert load_rows(dataset) == ROWS
-    assert load_rows(files._ask_hub("load_dataset", str(folder), None, cache_dir=cache_dir)) == ROWS
+    assert load_rows(files._hub(str(folder), None, cache_dir=cache_dir)) == ROWS
     with pytest.raises(ValueError, match="hub data set it can't be read .*owner/name:configuration"):
-        files._ask_hub("load_dataset", str(folder), None, split="nowhere", cache_dir=cache_dir)
+        files._hub(str(folder), None, split="nowhere", cache_dir=cache_dir)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     for ask in (load_rows, list_splits):

@@ -6,34 +6,15 @@ rejected: it writes an Arrow copy of them into a cache, and its message about a 
 neither the file nor the line.
 """
 
-import csv
-import gzip
-import json
 import re
 import sys
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import groupby
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dqbart.data.labels import ClassName, data_classes
+from dqbart.data.formats import SUFFIXES, Row, checked, one_line, read_file, suffix_of
+from dqbart.data.labels import with_class_names
 
-Row = dict[str, Any]
-
-SUFFIXES = (
-    ".csv",
-    ".csv.gz",
-    ".tsv",
-    ".tsv.gz",
-    ".jsonl",
-    ".jsonl.gz",
-    ".json",
-    ".json.gz",
-    ".parquet",
-    ".txt",
-    ".txt.gz",
-)
 SPLIT_NAMES = {
     "train": ("train",),
     "validation": ("validation", "valid", "val", "dev", "development", "eval", "evaluation"),
@@ -68,10 +49,10 @@ def load_rows(data: Any, *, split: str = "train") -> list[Row]:
                     f"data {str(data)!r}: no {split} file in this folder, only "
                     f"{', '.join(files) or 'others'}; expected {split} with one of {', '.join(SUFFIXES)}"
                 )
-            return [row for file in chosen for row in _read(file)]
+            return [row for file in chosen for row in read_file(file)]
         if path.exists():
-            return _read(path)
-        data = _hub(str(data))
+            return read_file(path)
+        data = _hub(*_hub_name(str(data)))
     if isinstance(data, Mapping):
         name = find_split(data, split)
         if name is None:
@@ -86,8 +67,8 @@ def load_rows(data: Any, *, split: str = "train") -> list[Row]:
         raise ValueError(
             f"data is {type(data).__name__}; expected a path, a hub name, a datasets.Dataset or a list of dicts"
         )
-    rows = _checked(list(data), "data")
-    return _with_class_names(rows, features.to_dict()) if hasattr(features, "to_dict") else rows
+    rows = checked(list(data), "data")
+    return with_class_names(rows, features.to_dict()) if hasattr(features, "to_dict") else rows
 
 
 def list_splits(data: Any) -> list[str]:
@@ -102,7 +83,7 @@ def list_splits(data: Any) -> list[str]:
         if path.is_dir():
             return list(_split_files(path))
         if not path.exists():
-            return list(_hub(str(data)))
+            return list(_hub(*_hub_name(str(data))))
     return ["train"]
 
 
@@ -142,10 +123,10 @@ def _known(split: str) -> str:
 def _split_files(folder: Path) -> dict[str, list[Path]]:
     """Data files by split. Two files of one split are an error, unless they are numbered shards."""
     found: dict[str, list[Path]] = {}
-    files = [file for file in sorted(folder.iterdir()) if _suffix(file)]
+    files = [file for file in sorted(folder.iterdir()) if suffix_of(file)]
     for name in SPLIT_NAMES:
-        matches = [file for file in files if _split_of(file.name.removesuffix(_suffix(file))) == name]
-        if len(matches) > 1 and not all(_SHARD.search(f.name.removesuffix(_suffix(f))) for f in matches):
+        matches = [file for file in files if _split_of(file.name.removesuffix(suffix_of(file))) == name]
+        if len(matches) > 1 and not all(_SHARD.search(f.name.removesuffix(suffix_of(f))) for f in matches):
             raise ValueError(
                 f"data {str(folder)!r}: several {name} files "
                 f"({', '.join(f.name for f in matches)}); give the path of one of them"
@@ -155,138 +136,15 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _suffix(path: Path) -> str:
-    """The known ending of a file name, or an empty string."""
-    return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.name.lower().endswith(s)), "")
-
-
-def _read(path: Path) -> list[Row]:
-    suffix = _suffix(path)
-    if not suffix:
-        raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty")
-    if suffix == ".parquet":
-        return _checked(_parquet(path), str(path))
-    lines = _lines(path)
-    try:
-        if suffix.startswith(".json"):
-            rows = list(_json_rows(path, lines))
-        elif suffix.startswith(".txt"):
-            rows = list(_text_rows(lines))
-        else:
-            rows = list(_table_rows(path, lines, "\t" if suffix.startswith(".tsv") else ","))
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a whole gzip file ({error})") from None
-    return _checked(rows, str(path))
-
-
-def _lines(path: Path) -> Iterator[str]:
-    r"""Lines ending in \n only: U+2028 and friends are text, and may stand inside a JSON string."""
-    with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} line {number}: not UTF-8 ({error.reason}); save it as UTF-8") from None
-            yield text.removeprefix("\ufeff") if number == 1 else text
-
-
-def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[Row]:
-    """One object a line; a `.json` file may also be a single array of objects."""
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        is_array = line.lstrip().startswith("[") and path.name.lower().endswith((".json", ".json.gz"))
-        text = "\n" * (number - 1) + line + "".join(lines) if is_array else line
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            line_number = error.lineno if is_array else number
-            raise ValueError(f"{path} line {line_number}: invalid JSON, {error.msg} at column {error.colno}") from None
-        except RecursionError:
-            raise ValueError(f"{path} line {number}: JSON is nested too deeply") from None
-        for row in value if is_array else [value]:
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f'{path} line {number}: expected an object such as {{"source": "..."}}, found {type(row).__name__}'
-                )
-            yield row
-
-
-def _text_rows(lines: Iterator[str]) -> Iterator[Row]:
-    """A text a line; blank lines part documents, as BERT's authors have it."""
-    for number, (blank, group) in enumerate(groupby(map(str.strip, lines), lambda line: not line)):
-        if not blank:
-            yield from ({"text": text, "doc": number} for text in group)
-
-
-def _table_rows(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[Row]:
-    """csv and tsv, first line the column names, quoted as spreadsheets and pandas write them.
-
-    Strict: a stray quote is reported, where the usual leniency swallows the lines up to the next
-    one.
-    """
-    csv.field_size_limit(2**31 - 1)  # the module's default refuses fields above 131,072 characters
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    names: list[str] | None = None
-    while True:
-        number = reader.line_num + 1  # where the row starts; a quoted field may span lines
-        try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            raise ValueError(
-                f"{path} line {number}: {error}; a field with quotes in it must be quoted and its quotes doubled"
-            ) from None
-        if fields is None:
-            return
-        if not fields:
-            continue
-        if names is None:
-            names = fields
-            other = next((mark for mark in ";\t|," if mark in names[0]), None) if len(names) == 1 else None
-            if other is not None:
-                raise ValueError(
-                    f"{path}: one column, {names[0]!r}: it seems to be divided by {other!r}, expected {delimiter!r}; "
-                    "save it as csv with commas, as .tsv with tabs, or as .jsonl"
-                )
-            if len(set(names)) < len(names):
-                raise ValueError(f"{path} line {number}: two columns have the same name, in {names}")
-        elif len(fields) != len(names):
-            raise ValueError(
-                f"{path} line {number}: {len(fields)} fields, but the first line names {len(names)}: {names}"
-            )
-        else:
-            yield dict(zip(names, fields, strict=True))
-
-
-def _parquet(path: Path) -> list[Row]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise ValueError(f"{path}: parquet needs pyarrow; pip install 'dqbart[parquet]'") from None
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not a readable parquet file ({_one_line(error)})") from None
-    written_by_datasets = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    return _with_class_names(table.to_pylist(), written_by_datasets.get("info", {}).get("features") or {})
-
-
 def _hub_name(data: str) -> tuple[str, str | None]:
-    if _suffix(Path(data)) or not _HUB_NAME.fullmatch(data):
+    if suffix_of(Path(data)) or not _HUB_NAME.fullmatch(data):
         raise FileNotFoundError(f"data {data!r}: no such file or folder")
     name, _, configuration = data.partition(":")
     return name, configuration or None
 
 
-def _hub(data: str) -> Any:
+def _hub(name: str, configuration: str | None, **arguments: Any) -> Any:
     """All splits of a hub data set, by their names."""
-    return _ask_hub("load_dataset", *_hub_name(data))
-
-
-def _ask_hub(function: str, name: str, configuration: str | None, **arguments: Any) -> Any:
     try:
         import datasets
     except ImportError:
@@ -294,46 +152,14 @@ def _ask_hub(function: str, name: str, configuration: str | None, **arguments: A
             f"data {name!r}: no such file or folder, and hub data sets need: pip install 'dqbart[hub]'"
         ) from None
     try:
-        return getattr(datasets, function)(name, configuration, **arguments)
+        return datasets.load_dataset(name, configuration, **arguments)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"data {name!r}: no such file or folder, and no such hub data set ({_one_line(error)})"
+            f"data {name!r}: no such file or folder, and no such hub data set ({one_line(error)})"
         ) from None
     # What `datasets` raises for no network, a missing configuration or split, and script data sets.
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"data {name!r}: no such file or folder, and as a hub data set it can't be read "
-            f"({_one_line(error)}); a configuration is given as owner/name:configuration"
+            f"({one_line(error)}); a configuration is given as owner/name:configuration"
         ) from None
-
-
-def _with_class_names(rows: list[Row], features: Mapping[str, Any]) -> list[Row]:
-    """Ids of a `ClassLabel` as names: a teacher may have the same classes in another order. -1, no label, stays.
-
-    `features`: as `datasets` writes them, columns inside of others included.
-    """
-    for column, feature in features.items():
-        if isinstance(feature, Mapping) and feature.get("_type") == "ClassLabel" and feature.get("names"):
-            classes = data_classes(feature["names"])
-            rows = [row | {column: _class_of(row.get(column), classes)} for row in rows]
-        elif isinstance(feature, Mapping) and "_type" not in feature:
-            inner = _with_class_names([row.get(column) or {} for row in rows], feature)
-            rows = [row | {column: row.get(column) and new} for row, new in zip(rows, inner, strict=True)]
-    return rows
-
-
-def _class_of(value: Any, classes: list[ClassName]) -> Any:
-    return classes[value] if isinstance(value, int) and 0 <= value < len(classes) else value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _checked(rows: list[Any], name: str) -> list[Row]:
-    if not rows:
-        raise ValueError(f"{name}: there are no rows in it")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{name}: row {number} is {type(row).__name__}, expected a dict")
-    return rows

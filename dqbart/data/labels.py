@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["classification", "regression"]
 Label = str | bool | int | float
@@ -31,12 +31,31 @@ class ClassName(str):
     names: Sequence[str]
 
 
-def data_classes(names: Sequence[str]) -> list[ClassName]:
+def _data_classes(names: Sequence[str]) -> list[ClassName]:
     """The classes of a data set's column, in id order."""
     found = [ClassName(name) for name in names]
     for name in found:
         name.names = names
     return found
+
+
+def with_class_names(rows: list[dict[str, Any]], features: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Ids of a `ClassLabel` as names: a teacher may have the same classes in another order. -1, no label, stays.
+
+    `features`: as `datasets` writes them, columns inside of others included.
+    """
+    for column, feature in features.items():
+        if isinstance(feature, Mapping) and feature.get("_type") == "ClassLabel" and feature.get("names"):
+            classes = _data_classes(feature["names"])
+            rows = [row | {column: _class_of(row.get(column), classes)} for row in rows]
+        elif isinstance(feature, Mapping) and "_type" not in feature:
+            inner = with_class_names([row.get(column) or {} for row in rows], feature)
+            rows = [row | {column: row.get(column) and new} for row, new in zip(rows, inner, strict=True)]
+    return rows
+
+
+def _class_of(value: Any, classes: list[ClassName]) -> Any:
+    return classes[value] if isinstance(value, int) and 0 <= value < len(classes) else value
 
 
 def unnamed(names: Sequence[str]) -> bool:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dqbart.data.files import Row, load_rows
+from dqbart.data.files import load_rows
+from dqbart.data.formats import Row
 
 _NEARBY = 100  # characters within which one of several places is taken to be the answer's
 
