@@ -64,9 +64,34 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
 def test_json_array_blank_lines_and_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=2), encoding="utf-8")
     assert load_rows(tmp_path / "a.json") == ROWS
+    for indent in (None, 2):
+        (tmp_path / "d.json").write_text(json.dumps({"version": 1, "data": ROWS}, indent=indent), encoding="utf-8")
+        assert load_rows(tmp_path / "d.json") == ROWS
+    (tmp_path / "d.json").write_text('{"a": "x", "data": [1]}\n')
+    assert load_rows(tmp_path / "d.json") == [{"a": "x", "data": [1]}]
+    (tmp_path / "d.json").write_text('\n{"data": []}\n{"data": [{}]}\n')
+    assert load_rows(tmp_path / "d.json") == [{"data": []}, {"data": [{}]}]
     lines = "\n\n".join(json.dumps(row) for row in ROWS)
     (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\r\n \n")
     assert load_rows(tmp_path / "b.jsonl") == ROWS
+
+
+@pytest.mark.parametrize(
+    ("fields", "quoted"),
+    [
+        (['"A fine" movie', '"', 'an "open'], False),  # GLUE's: not swallowed up to the next quote
+        (['"hello', 'bye"'], False),
+        (['"say ""hi"""', "plain"], True),  # pandas'
+        (['"a\ttab"', "plain"], True),
+        (['"two\nlines"', "plain"], True),
+    ],
+)
+def test_quotes_in_tsv(fields: list[str], quoted: bool, tmp_path: Path) -> None:
+    text = "sentence\tlabel\n" + "".join(f"{field}\t1\r\n" for field in fields)
+    (tmp_path / "a.tsv").write_bytes(text.encode())
+    plain = [field[1:-1].replace('""', '"') if field.startswith('"') else field for field in fields]
+    wanted = [{"sentence": field, "label": "1"} for field in (plain if quoted else fields)]
+    assert load_rows(tmp_path / "a.tsv") == wanted
 
 
 def test_large_csv_field_and_pandas_index_column(tmp_path: Path) -> None:
@@ -100,7 +125,25 @@ def test_large_csv_field_and_pandas_index_column(tmp_path: Path) -> None:
         ),
         ("a.csv", b"a\tb\n1\t2\n", r"it seems to be divided by '\\t', expected ','; save it as csv with commas"),
         ("a.tsv", b"a,b\n1,2\n", r"it seems to be divided by ',', expected '\\t'"),
-        ("a.tsv", b'a\tb\n"He" said\tx\n', "a.tsv line 2: .*quotes doubled"),
+        (
+            "a.tsv",
+            b'a\tb\n"He" said\tx\n1\n',
+            "a.tsv line 2: .*quotes doubled, or every line must have as many tabs as",
+        ),
+        (
+            "a.csv",
+            b"a,b\r1,2\r",
+            r"a.csv line 1: a lone carriage return \(\\r\) ends a line; save the file with \\n, or",
+        ),
+        ("a.tsv", b"a\tb\n1\r\t2\n", "a.tsv line 2: a lone carriage return"),
+        (
+            "a.json",
+            b'{\n"train": [{"a": 1}],\n"n": 2}',
+            "a.json: valid JSON, but one object with 'train', 'n'; expected",
+        ),
+        ("a.json", b'{\n"a": 1,\n}', "a.json line [23]: invalid JSON"),
+        ("a.json", b'{"data": [1]}\n{"data": 2\n', "a.json line 2: invalid JSON, Expecting ',' delimiter at column 11"),
+        ("a.json", b'"a"', 'a.json line 1: expected an object such as {"source": "..."}, found str'),
         ("a.csv", b'a,b\n1,2\n"open,2\n3,4\n', "a.csv line 3: .*quotes doubled"),
         ("a.xlsx", b"PK", "a.xlsx: unknown kind of file '.xlsx'; expected one of .csv, .csv.gz, .tsv"),
         ("a.csv.gz", b"a,b\n", "a.csv.gz: not a whole gzip file"),
@@ -134,6 +177,12 @@ def test_folder_of_splits(tmp_path: Path) -> None:
         load_rows(tmp_path, split="training")
     write(tmp_path / "dev.tsv", ROWS)
     with pytest.raises(ValueError, match="several validation files .dev.csv, dev.tsv.; give the path of one"):
+        load_rows(tmp_path)
+    for name in ("dev.csv", "dev.tsv"):
+        (tmp_path / name).unlink()
+    for name in ("validation_matched", "validation_mismatched"):  # shards of two splits
+        write(tmp_path / f"{name}-00000-of-00001.jsonl", ROWS)
+    with pytest.raises(ValueError, match="several validation files"):
         load_rows(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no train file in this folder"):

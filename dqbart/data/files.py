@@ -28,13 +28,13 @@ _SHARD = re.compile(r"-\d+-of-\d+$")
 def load_rows(data: Any, *, split: str = "train") -> list[Row]:
     """All rows of `data` as dicts, in order.
 
-    `data` is a path to a csv, tsv, json-lines (or one json array) or parquet file, text ones also
-    gzipped; a text file, whose lines become rows with `text` and `doc`, the number of the paragraph that
-    blank lines set apart; a folder of files named after their split (`train.jsonl`, `validation.csv`,
-    `test.en-de.tsv`, numbered shards); a hub name, `owner/name` or `owner/name:configuration`; a
+    `data` is a path to a csv, tsv (quoted like csv, or with quotes as text, as GLUE has it), json-lines (or one json
+    list) or parquet file, text ones also gzipped; a text file, whose lines become rows with `text` and `doc`, the
+    number of the paragraph that blank lines set apart; a folder of files named after their split (`train.jsonl`,
+    `validation.csv`, `test.en-de.tsv`, numbered shards); a hub name, `owner/name` or `owner/name:configuration`; a
     `datasets.Dataset`, whose classes come by name; an iterable of dicts; or a dict from split names to one of these.
-    `split` picks from what has splits, and means nothing for one file or one list. Of a folder, a hub data set or a
-    dict it is found under its other names, too: `dev`, `val`, `validation_matched`.
+    `split` picks from what has splits, and means nothing for one file or one list. It is found under its other names,
+    too: `dev`, `val`, `validation_matched`.
 
     Raises `FileNotFoundError` where there is nothing to read, `ValueError` where it can't be
     understood: one line with the file, and the line number where there is one.
@@ -126,7 +126,9 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
     files = [file for file in sorted(folder.iterdir()) if suffix_of(file)]
     for name in SPLIT_NAMES:
         matches = [file for file in files if _split_of(file.name.removesuffix(suffix_of(file))) == name]
-        if len(matches) > 1 and not all(_SHARD.search(f.name.removesuffix(suffix_of(f))) for f in matches):
+        stems = {_SHARD.sub("", file.name.removesuffix(suffix_of(file))) for file in matches}
+        shards = all(_SHARD.search(file.name.removesuffix(suffix_of(file))) for file in matches)
+        if len(matches) > 1 and not (shards and len(stems) == 1):
             raise ValueError(
                 f"data {str(folder)!r}: several {name} files "
                 f"({', '.join(f.name for f in matches)}); give the path of one of them"

@@ -3,8 +3,9 @@
 import csv
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -66,26 +67,58 @@ def _lines(path: Path) -> Iterator[str]:
             yield text.removeprefix("\ufeff") if number == 1 else text
 
 
-def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[Row]:
-    """One object a line; a `.json` file may also be a single array of objects."""
+def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[Row]:
+    """One object a line; a `.json` file may also be one list of objects, by itself or as "data" of an object."""
+    if path.name.lower().endswith((".json", ".json.gz")):
+        lines = list(lines)
+        if _is_document(lines):
+            yield from _document_rows(path, "".join(lines))
+            return
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        is_array = line.lstrip().startswith("[") and path.name.lower().endswith((".json", ".json.gz"))
-        text = "\n" * (number - 1) + line + "".join(lines) if is_array else line
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            line_number = error.lineno if is_array else number
-            raise ValueError(f"{path} line {line_number}: invalid JSON, {error.msg} at column {error.colno}") from None
-        except RecursionError:
-            raise ValueError(f"{path} line {number}: JSON is nested too deeply") from None
-        for row in value if is_array else [value]:
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f'{path} line {number}: expected an object such as {{"source": "..."}}, found {type(row).__name__}'
-                )
-            yield row
+        if line.strip():
+            yield _object(path, _json(path, line.rstrip("\r\n"), number), number)
+
+
+def _is_document(lines: list[str]) -> bool:
+    """Whether the first line is no object by itself, or all that there is."""
+    filled = [line for line in lines if line.strip()]
+    try:
+        return bool(filled) and (len(filled) == 1 or not isinstance(json.loads(filled[0]), dict))
+    except (ValueError, RecursionError):
+        return True
+
+
+def _document_rows(path: Path, text: str) -> Iterator[Row]:
+    value = _json(path, text)
+    data = value.get("data") if isinstance(value, dict) else value  # SQuAD has "data", and pandas with orient="table"
+    if isinstance(data, list) and (data is value or all(isinstance(row, dict) for row in data)):
+        yield from (_object(path, row) for row in data)
+    elif isinstance(value, dict) and "\n" in text.strip():
+        raise ValueError(
+            f"{path}: valid JSON, but one object with {', '.join(map(repr, value))[:80]}; expected one object a line, "
+            'a list of objects, or {"data": [objects]}'
+        )
+    else:
+        yield _object(path, value)
+
+
+def _json(path: Path, text: str, number: int = 1) -> Any:
+    """The value of a text that begins in line `number`."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{path} line {number + error.lineno - 1}"
+        raise ValueError(f"{place}: invalid JSON, {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError(f"{path} line {number}: JSON is nested too deeply") from None
+
+
+def _object(path: Path, value: Any, number: int = 1) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(
+            f'{path} line {number}: expected an object such as {{"source": "..."}}, found {type(value).__name__}'
+        )
+    return value
 
 
 def _text_rows(lines: Iterator[str]) -> Iterator[Row]:
@@ -95,23 +128,32 @@ def _text_rows(lines: Iterator[str]) -> Iterator[Row]:
             yield from ({"text": text, "doc": number} for text in group)
 
 
-def _table_rows(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[Row]:
+def _table_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[Row]:
     """csv and tsv, first line the column names, quoted as spreadsheets and pandas write them.
 
     Strict: a stray quote is reported, where the usual leniency swallows the lines up to the next
-    one.
+    one. Quotes of a tsv may be text instead, as in GLUE's files.
     """
+    mend = "a field with quotes in it must be quoted and its quotes doubled"
+    quoting: Any = csv.QUOTE_MINIMAL
+    if delimiter == "\t":
+        lines = list(lines)
+        quoting = csv.QUOTE_NONE if _quotes_are_text(lines) else quoting
+        mend += ", or every line must have as many tabs as the first, which makes quotes text"
     csv.field_size_limit(2**31 - 1)  # the module's default refuses fields above 131,072 characters
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)
     names: list[str] | None = None
     while True:
         number = reader.line_num + 1  # where the row starts; a quoted field may span lines
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise ValueError(
-                f"{path} line {number}: {error}; a field with quotes in it must be quoted and its quotes doubled"
-            ) from None
+            if "new-line character" in str(error):
+                raise ValueError(
+                    f"{path} line {number}: a lone carriage return (\\r) ends a line; save the file with \\n, or quote "
+                    "the field that it is in"
+                ) from None
+            raise ValueError(f"{path} line {number}: {error}; {mend}") from None
         if fields is None:
             return
         if not fields:
@@ -132,6 +174,16 @@ def _table_rows(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[Ro
             )
         else:
             yield dict(zip(names, fields, strict=True))
+
+
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')
+
+
+def _quotes_are_text(lines: list[str]) -> bool:
+    """Of tsv: whether tabs alone divide fields, and some field that begins with a quote is not quoted as a whole."""
+    rows = [line.rstrip("\r\n").split("\t") for line in lines if line.strip()]
+    bare = any(field.startswith('"') and not _QUOTED.fullmatch(field) for row in rows for field in row)
+    return bare and len({len(row) for row in rows}) == 1
 
 
 def _parquet(path: Path) -> list[Row]:
