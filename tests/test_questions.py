@@ -77,7 +77,7 @@ def test_official_json(tmp_path: Path, name: str, indent: int | None) -> None:
 
 
 def test_official_json_in_a_folder_and_version_1(tmp_path: Path) -> None:
-    (tmp_path / "train-v1.1.json").write_text(json.dumps(official("1.1")))
+    (tmp_path / "train-v1.1.json").write_text(json.dumps(official("1.1"), indent=2))
     (tmp_path / "dev-v1.1.json").write_text(json.dumps(official("1.1", id="dev")))
     assert [q.id for q in read_questions(str(tmp_path))] == ["a"]
     assert [q.id for q in read_questions(tmp_path, "validation")] == ["dev"]

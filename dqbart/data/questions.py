@@ -6,10 +6,8 @@ Believing the start, as is usual, trains on spans that are no answers, in silenc
 """
 
 import ast
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,15 +89,14 @@ def read_questions(data: Any, split: str = "train") -> Questions:
     `data` is what `dqbart.data.files.load_rows` takes. Flat rows have `question`, `context` and `answers`, a dict
     `{"text": [...], "answer_start": [...]}` or a list of `{"text", "answer_start"}` (in csv as JSON or as Python prints
     it; empty for none), and may have `id` and `is_impossible`. Starts count characters. An answer that stands elsewhere
-    (in one place only, or in several and the nearest at most 100 characters off) is moved there and counted. A
-    pretty-printed json must be given by its own path, not its folder's.
+    (in one place only, or in several and the nearest at most 100 characters off) is moved there and counted.
 
     Raises as `load_rows` does, and `ValueError` with file, row and field for anything that does not fit.
     """
     name = str(data) if isinstance(data, str | Path) else "data"
     items: list[Question] = []
     repaired = 0
-    for where, row in _flat_rows(_load(data, split), name):
+    for where, row in _flat_rows(load_rows(data, split=split), name):
         try:
             question, moved = _question(row, str(len(items) + 1))
         except ValueError as error:
@@ -109,20 +106,6 @@ def read_questions(data: Any, split: str = "train") -> Questions:
     if not items:
         raise ValueError(f"{name}: there are no questions in it")
     return Questions(items, repaired)
-
-
-def _load(data: Any, split: str) -> list[Row]:
-    if isinstance(data, str | Path) and str(data).lower().endswith((".json", ".json.gz")):
-        path = Path(data).expanduser()
-        if path.is_file():
-            raw = path.read_bytes()
-            try:
-                value = json.loads(gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw)
-            except (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error):
-                value = None  # rows, one a line; or broken, and load_rows says where
-            if isinstance(value, dict):
-                return [value]
-    return load_rows(data, split=split)
 
 
 def _flat_rows(rows: Sequence[Row], name: str) -> Iterator[tuple[str, Row]]:
