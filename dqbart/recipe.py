@@ -99,7 +99,7 @@ class Recipe:
     bf16: bool = False
     seed: int = 28
 
-    # Masked words, where there is a task on plain text; frequency: rare ones first, word and ngram: whole words
+    # Masked words of plain text, where task or logits look at words; frequency: rare first, word and ngram: whole ones
     mask_rate: float = 0.15
     masking: Literal["uniform", "frequency", "word", "ngram"] = None  # type: ignore[assignment]
     segments: Literal[1, 2] = 1  # texts in one example of plain text

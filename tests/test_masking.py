@@ -3,6 +3,7 @@
 import copy
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from dqbart.data.blocks import EncodedBlocks, encode_blocks, encode_pairs_of_segments
 from dqbart.data.masking import CHOICES, NGRAM_PROBABILITIES, BlockCollator, MaskedItems, Masker
+from dqbart.data.plain import PlainTexts
 from dqbart.evaluation.predict import predict_masked
+from dqbart.methods import METHODS
+from dqbart.recipe import Recipe
+from dqbart.tasks.text import PlainText
 
 SPECIAL = {0, 1, 2, 3, 4}  # of bert()
 SPELT = "cat w1 dog w2 w3 house w4, w5. unbelievable w6! w7 w8 bird w9 "
@@ -248,6 +253,20 @@ def test_rate_zero_is_tinyberts_general_stage() -> None:
     items = MaskedItems(pairs, Masker(without_mask, rate=0), seed=0)
     assert items[0] == {key: value for key, value in pairs[0].items() if key != "word_starts"}
     assert items[0].keys() == {"input_ids", "attention_mask", "token_type_ids"}
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "sentence"])
+def test_what_is_scored_on_masked_words_has_seen_some(method: str, tmp_path: Path) -> None:
+    recipe = Recipe(method=method, task="text", max_source_length=66, mask_rate=0.4)
+    task, texts = PlainText(recipe, bert()), PlainTexts([[SPELT] * 60], "text")
+    task.adapt(tiny_encoder("bert"), new_head=False)
+    items, collator = task.training_set(texts, None, tmp_path)
+    batch = collator(list(items))
+    looks_at_words = bool({"task", "logits"} & recipe.terms.keys())
+    assert looks_at_words == (method not in ("minilm", "minilm2", "tinybert")) == task.is_scored(texts)
+    assert ("labels" in batch) == looks_at_words
+    share = (batch["input_ids"] == 4).sum() / batch["attention_mask"].sum()
+    assert share == pytest.approx(0.4 * 0.8 if looks_at_words else 0, abs=0.05)
 
 
 def test_padding_is_never_a_target() -> None:

@@ -20,8 +20,9 @@ PROBE_TOKENS = 64  # logits of whole vocabularies are large
 
 
 class PlainText(Task):
-    """Blocks of text. Words are masked where labels take part in the loss; the dev score, then, is the share of masked
-    words that are guessed right. Methods that look at nothing but inner layers have no dev score.
+    """Blocks of text. Words are masked where the head is looked at, be it for the words themselves or for what the
+    teacher says there; the dev score, then, is the share of masked words that are guessed right. Methods that look at
+    nothing but inner layers see whole texts, and have no dev score.
     """
 
     needs_references = False
@@ -54,7 +55,7 @@ class PlainText(Task):
                 f"{type(model).__name__}: has no masked-language-model head, which losses.task and losses.logits need; "
                 "use a method that looks at inner layers, such as minilm or tinybert"
             )
-        if self._masks and not self.recipe.mask_rate:
+        if self._needs_masks and not self.recipe.mask_rate:
             who = "losses.task, which learns" if "task" in self.recipe.terms else "method 'dynabert', which measures on"
             raise ValueError(
                 f"mask_rate {self.recipe.mask_rate!r} with {who} masked words; expected above 0, such as 0.15, or a "
@@ -70,7 +71,7 @@ class PlainText(Task):
         return MaskedItems(pairs, masker, self.recipe.seed), self.collator
 
     def is_scored(self, examples: PlainTexts) -> bool:
-        return self.has_words and (self.recipe.elastic or bool(self.recipe.terms.keys() & {"task", "logits"}))
+        return self.has_words and self._guesses
 
     def why_unscored(self, data: Any, examples: PlainTexts) -> str:
         if not self.has_words:
@@ -108,11 +109,16 @@ class PlainText(Task):
         )  # fmt: skip
 
     @property
-    def _masks(self) -> bool:
+    def _guesses(self) -> bool:
+        return self.recipe.elastic or bool(self.recipe.terms.keys() & {"task", "logits"})
+
+    @property
+    def _needs_masks(self) -> bool:
         return "task" in self.recipe.terms or self.recipe.elastic  # importance is measured on masked words
 
     def _rate(self) -> float:
-        return self.recipe.mask_rate if self._masks else 0.0
+        # what is scored on masked words must have seen some: the teacher's logits are compared on masked texts, too
+        return self.recipe.mask_rate if self._guesses else 0.0
 
     def _encode(self, texts: PlainTexts) -> EncodedBlocks:
         recipe = self.recipe
