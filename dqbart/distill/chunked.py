@@ -17,6 +17,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CHUNK = 1024  # tokens
+LARGE = 1 << 26  # elements of one model's logits: 256 MiB of fp32
+
+
+def word_terms(
+    hidden_ND: Tensor,
+    head: Any,
+    terms_of: Callable[[Tensor, slice], dict[str, Tensor]],
+    weights: dict[str, float],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`chunked_terms` where the logits of all tokens would be large; at once, which is quicker, where not."""
+    if len(hidden_ND) * len(head.weight) > LARGE:
+        return chunked_terms(hidden_ND, head, terms_of, weights)
+    terms = terms_of(hidden_ND, slice(0, len(hidden_ND)))
+    return torch.stack([weights[name] * term for name, term in terms.items()]).sum(), terms
 
 
 def chunked_terms(

@@ -18,7 +18,7 @@ from dqbart.architectures import first_position
 from dqbart.data.batches import model_inputs
 from dqbart.distill import losses
 from dqbart.distill.capture import autocast, forward_with_attention, without_logits
-from dqbart.distill.chunked import chunked_terms
+from dqbart.distill.chunked import word_terms
 from dqbart.packed.sentence import Pooling, pool
 from dqbart.quant.attention import AttentionRecord
 from dqbart.recipe import Recipe
@@ -27,7 +27,7 @@ MAPS = ("attention", "scores")
 RELATIONS = {"queries": "query", "keys": "key", "values": "value"}
 COMPARED = ("embedding", "hidden", "cosine")  # hidden states, through a projection where widths differ
 HIDDEN = (*COMPARED, "sentence", "order")
-LARGE = 1 << 26  # elements of one model's logits: 256 MiB of fp32
+FAR = -1e4  # a logit whose probability is 0 in fp32
 
 
 class EncoderObjective:
@@ -155,10 +155,7 @@ class EncoderObjective:
             return terms
 
         with autocast(self.recipe.bf16, ours_BLD.device):
-            if len(ours_ND) * student.config.vocab_size > LARGE:
-                return chunked_terms(ours_ND, student.get_output_embeddings(), terms_of, self.weights)
-            terms = terms_of(ours_ND, slice(0, len(ours_ND)))
-        return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum(), terms
+            return word_terms(ours_ND, student.get_output_embeddings(), terms_of, self.weights)
 
     def _forward(self, model: Any, bare: Any, inputs: dict[str, Tensor], taps: "_Taps") -> Any:
         hidden = bool(set(HIDDEN) & set(self.weights))
@@ -174,9 +171,9 @@ class EncoderObjective:
         mask_BL = real(batch)
         if self.recipe.task not in ("text", "s2s"):
             if "task" in self.weights:
-                yield "task", task_term(self.recipe, ours, batch)
+                yield "task", task_term(str(self.recipe.task), ours, batch, self.recipe.label_smoothing)
             if "logits" in self.weights:
-                yield "logits", logits_term(self.recipe, ours, theirs, batch, mask_BL)
+                yield "logits", logits_term(self.recipe, ours, theirs, mask_BL)
         if "embedding" in self.weights:
             yield "embedding", losses.hidden_mse(ours.hidden_states[0], theirs.hidden_states[0], mask_BL)
         pairs = list(enumerate(self.layer_map))
@@ -217,17 +214,24 @@ def real(batch: dict[str, Tensor]) -> Tensor:
     return mask.bool() if mask.dim() == 2 else mask[:, 0].diagonal(dim1=1, dim2=2) == 0
 
 
-def task_term(recipe: Recipe, output: Any, batch: dict[str, Tensor]) -> Tensor:
-    """What the labels say: cross-entropy of classes or of both ends of a span, squared error of a number."""
-    if recipe.task == "regression":
+def task_term(task: str, output: Any, batch: dict[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
+    """What the labels say: cross-entropy of classes, or of both ends of a span among the real positions; squared error
+    of a number.
+    """
+    if task == "regression":
         return F.mse_loss(output.logits.float().squeeze(-1), batch["labels"].float())
-    if recipe.task == "questions":
-        ends = ((output.start_logits, "start_positions"), (output.end_logits, "end_positions"))
-        return torch.stack([F.cross_entropy(logits.float(), batch[name]) for logits, name in ends]).mean()
-    return F.cross_entropy(output.logits.float(), batch["labels"], label_smoothing=recipe.label_smoothing)
+    if task == "questions":
+        ends, mask_BL = ((output.start_logits, "start_positions"), (output.end_logits, "end_positions")), real(batch)
+        return torch.stack([F.cross_entropy(of_real(logits, mask_BL), batch[name]) for logits, name in ends]).mean()
+    return F.cross_entropy(output.logits.float(), batch["labels"], label_smoothing=label_smoothing)
 
 
-def logits_term(recipe: Recipe, ours: Any, theirs: Any, batch: dict[str, Tensor], mask_BL: Tensor) -> Tensor:
+def of_real(logits_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    """Logits of one end of a span, those of padding out of sight."""
+    return logits_BL.float().masked_fill(~mask_BL, FAR)
+
+
+def logits_term(recipe: Recipe, ours: Any, theirs: Any, mask_BL: Tensor) -> Tensor:
     """What the teacher says of classes or of both ends of a span: T^2 KL, or squared error of the logits; of one
     number, squared error.
     """
@@ -236,8 +240,8 @@ def logits_term(recipe: Recipe, ours: Any, theirs: Any, batch: dict[str, Tensor]
     one_B1 = mask_BL.new_ones(len(mask_BL), 1)
     if recipe.task == "questions":
         spans = [(getattr(ours, n), getattr(theirs, n)) for n in ("start_logits", "end_logits")]
-        hidden = [tuple(x.float().masked_fill(~mask_BL, -1e4)[:, None] for x in pair) for pair in spans]
-        return torch.stack([compare(a, b, one_B1, *more) for a, b in hidden]).mean()
+        seen = [tuple(of_real(x, mask_BL)[:, None] for x in pair) for pair in spans]
+        return torch.stack([compare(a, b, one_B1, *more) for a, b in seen]).mean()
     return compare(ours.logits[:, None], theirs.logits[:, None], one_B1, *more)
 
 
