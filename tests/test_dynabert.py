@@ -160,7 +160,7 @@ def test_importance_is_bounded_where_a_text_is_one_document(bert: Path, tmp_path
     assert len(texts) == 1 and len(task.training_set(texts, model, tmp_path)[0]) > 20
     seen = []
     monkeypatch.setattr("dqbart.tasks.elastic.MOST", 20)
-    watched = lambda model, batches: seen.extend(batches) or importance(model, seen)  # noqa: E731
+    watched = lambda model, batches, loss: seen.extend(batches) or importance(model, seen, loss)  # noqa: E731
     monkeypatch.setattr("dqbart.tasks.elastic.importance", watched)
     rewire_student(AutoModelForMaskedLM.from_pretrained(bert), model, task, texts, tmp_path)
     assert 10 <= sum(len(batch["input_ids"]) for batch in seen) <= 20

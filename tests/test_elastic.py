@@ -15,14 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertForQuestionAnswering
 
-from dqbart.distill import losses
-from dqbart.distill.elastic import ElasticObjective, Stage, prediction_loss
+from dqbart.distill import chunked, losses
+from dqbart.distill.elastic import ElasticObjective, Said, Stage, head_terms
 from dqbart.quant.attention import use_attention
 from dqbart.quant.layers import prepare
 from dqbart.quant.narrow import layers_of
 from dqbart.recipe import Recipe
+from dqbart.student.importance import importance
 from dqbart.student.maps import kept_layers
 from dqbart.student.width import Shared, subnetwork
+from dqbart.tasks.elastic import label_loss
 
 RECIPES = Recipe(method="dynabert", label_epochs=1).stages()
 WIDTH, DEPTH, LABELS = (ElasticObjective.of(recipe, classifier(layers=4), None).stage for recipe in RECIPES)
@@ -218,31 +220,93 @@ def test_regression_has_a_loss() -> None:
     assert terms["logits"] > 0
     two = SimpleNamespace(logits=torch.tensor([[1.0, 2.0]])), SimpleNamespace(logits=torch.tensor([[3.0, 2.0]]))
     config = SimpleNamespace(problem_type="regression")
-    assert prediction_loss(*two, {}, config) == 2.0
+    said = [Said(output, config) for output in two]
+    assert head_terms({"logits": 3.0}, *said, {}) == (6.0, {"logits": 2.0})
+    labels = {"labels": torch.tensor([[2.0, 4.0]])}
+    assert head_terms({"task": 1.0}, said[0], None, labels)[0] == 2.5
 
 
 def test_golden_soft_cross_entropy() -> None:
-    ours, theirs = (SimpleNamespace(logits=torch.tensor([z])) for z in ([1.0, 2.0, 3.0], [1.0, 0.0, 2.0]))
-    assert prediction_loss(ours, theirs, {}, SimpleNamespace(problem_type=None)).item() == pytest.approx(0.987093, 1e-6)
+    outputs = (SimpleNamespace(logits=torch.tensor([z])) for z in ([1.0, 2.0, 3.0], [1.0, 0.0, 2.0]))
+    ours, theirs = (Said(output, SimpleNamespace(problem_type=None)) for output in outputs)
+    assert head_terms({"logits": 1.0}, ours, theirs, {})[0].item() == pytest.approx(0.987093, 1e-6)
 
 
-def test_words_with_a_label_count() -> None:
-    torch.manual_seed(0)
-    z = [torch.randn(2, 4, 7) for _ in range(2)]
-    ours, theirs = (SimpleNamespace(logits=logits) for logits in z)
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    labels = torch.tensor([[-100, 3, -100, 2], [-100, -100, -100, -100]])
+def whole_logits(student: Any, teacher: Any, batch: dict[str, Tensor], where: Tensor) -> dict[str, Tensor]:
+    """The terms over words, of all sub-networks' logits at all positions."""
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    terms = {"task": torch.zeros(()), "logits": torch.zeros(())}
+    for width in (0.5, 1.0):
+        for depth in (0.5, 1.0):
+            with torch.no_grad():
+                t = teacher(**inputs).logits[where].softmax(-1)
+            z = Shared(student, width, depth)(**inputs).logits[where].log_softmax(-1)
+            terms["logits"] = terms["logits"] - (t * z).sum(-1).mean()
+            terms["task"] = terms["task"] - z.gather(1, batch["labels"][where][:, None]).mean()
+    return terms
 
-    def by_hand(where: Tensor) -> Tensor:
-        return -(z[1][where].softmax(-1) * z[0][where].log_softmax(-1)).sum(-1).mean()
 
-    config = SimpleNamespace(problem_type=None)
-    batch = {"attention_mask": mask, "labels": labels}
-    torch.testing.assert_close(prediction_loss(ours, theirs, batch, config), by_hand(labels != -100))
-    batch["labels"] = torch.tensor([1, 2])  # of the sentences, not of words
-    torch.testing.assert_close(prediction_loss(ours, theirs, batch, config), by_hand(mask.bool()))
-    batch["labels"] = torch.full((2, 4), -100)
-    assert prediction_loss(ours, theirs, batch, config) == 0
+@pytest.mark.parametrize("in_chunks", [False, True])
+@pytest.mark.parametrize(("kind", "bits"), [*((kind, None) for kind in KINDS), ("bert", "2-2-8")])
+def test_the_head_runs_on_words_with_a_label_alone(
+    kind: str, bits: str | None, in_chunks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if in_chunks:
+        monkeypatch.setattr(chunked, "LARGE", 0)
+        monkeypatch.setattr(chunked, "CHUNK", 2)
+    student = tiny_encoder(kind)
+    use_attention(student)
+    teacher, batch = changed(student), token_batch([9, 5])
+    if bits:
+        prepare(student, bits)
+    batch["labels"] = torch.where(torch.rand(2, 9, generator=torch.Generator().manual_seed(1)) < 0.5, 7, -100)
+    batch["labels"][1, 5:] = -100
+    where = batch["labels"] != -100
+    batch["labels"][where] = torch.arange(int(where.sum())) + 20
+    stage = Stage(weights={"task": 0.7, "logits": 2.0}, widths=(0.5, 1.0), depths=(0.5, 1.0))
+    want = whole_logits(student, teacher, batch, where)
+    (0.7 * want["task"] + 2 * want["logits"]).backward()
+    gradients = {name: p.grad for name, p in student.named_parameters()}
+    student.zero_grad()
+    made: list[int] = []  # positions that a head was asked for: of these models, and of parts, which copy the hooks
+    for model in (student, teacher):
+        model.get_output_embeddings().register_forward_hook(lambda _, x, y: made.append(y[..., 0].numel()))
+    total, terms, _ = ElasticObjective(stage)(student, teacher, batch)
+    total.backward()
+    assert max(made) == (2 if in_chunks else where.sum()) < 9
+    torch.testing.assert_close(terms, {name: term.detach() for name, term in want.items()})
+    torch.testing.assert_close(total.detach(), 0.7 * terms["task"] + 2 * terms["logits"])
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_importance_asks_the_head_for_labels_alone(kind: str) -> None:
+    model = tiny_encoder(kind)
+    batch = token_batch([9, 5])
+    batch["labels"] = torch.where(batch["input_ids"] % 3 == 0, batch["input_ids"], -100)
+    made: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, x, y: made.append(y[..., 0].numel()))
+    want, found = importance(model, [batch]), importance(model, [batch], label_loss)
+    assert made == [18, 0, (batch["labels"] != -100).sum()]
+    for a, b in zip((*want.heads, *want.neurons), (*found.heads, *found.neurons), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_words_that_count() -> None:
+    student = tiny_encoder("bert")
+    use_attention(student)
+    teacher, batch = changed(student), token_batch([9, 5])
+    objective = ElasticObjective(Stage(weights={"logits": 1.0}, widths=(0.5, 1.0), depths=(0.5, 1.0)))
+    labels = torch.where(batch["attention_mask"].bool(), 3, -100)
+    want = whole_logits(student, teacher, batch | {"labels": labels}, batch["attention_mask"].bool())["logits"].detach()
+    of_sentences = batch | {"labels": torch.tensor([1, 2])}
+    for without in (batch, of_sentences):  # no label of words: all that is real
+        torch.testing.assert_close(objective(student, teacher, without)[1]["logits"], want)
+    both = ElasticObjective(Stage(weights={"task": 1.0, "logits": 1.0, "hidden": 0.1}))
+    total, terms, _ = both(student, teacher, batch | {"labels": torch.full((2, 9), -100)})  # nothing was masked
+    total.backward()
+    assert terms["task"] == terms["logits"] == 0 and total == 0.1 * terms["hidden"] > 0
 
 
 def test_masked_language_models_learn() -> None:
@@ -261,10 +325,11 @@ def test_question_answering_leaves_padding_out() -> None:
     torch.manual_seed(0)
     student = BertForQuestionAnswering(tiny_encoder("bert").config).eval()
     teacher, batch = changed(student), token_batch([9, 5])
-    objective = ElasticObjective(Stage(weights={"logits": 1.0}, widths=(1.0,)))
-    value = objective(student, teacher, batch)[1]["logits"]
+    ends = {"start_positions": torch.tensor([3, 1]), "end_positions": torch.tensor([5, 2])}
+    objective = ElasticObjective(Stage(weights={"task": 1.0, "logits": 1.0}, widths=(1.0,)))
+    terms = objective(student, teacher, batch | ends)[1]
     wide = {name: F.pad(batch[name], (0, 5), value=pad) for name, pad in (("input_ids", 1), ("attention_mask", 0))}
-    torch.testing.assert_close(objective(student, teacher, wide)[1]["logits"], value)
+    torch.testing.assert_close(objective(student, teacher, wide | ends)[1], terms)
     with torch.no_grad():
         ours, theirs = student(**batch), teacher(**batch)
     each = [
@@ -272,7 +337,13 @@ def test_question_answering_leaves_padding_out() -> None:
         for s, t in ((ours.start_logits, theirs.start_logits), (ours.end_logits, theirs.end_logits))
         for i, n in enumerate((9, 5))
     ]
-    torch.testing.assert_close(value, torch.stack(each).mean())
+    torch.testing.assert_close(terms["logits"], torch.stack(each).mean())
+    said = [
+        -z[i, :n].log_softmax(-1)[ends[name][i]]
+        for z, name in ((ours.start_logits, "start_positions"), (ours.end_logits, "end_positions"))
+        for i, n in enumerate((9, 5))
+    ]
+    torch.testing.assert_close(terms["task"], torch.stack(said).mean())
 
 
 def test_labels_alone_need_no_teacher() -> None:

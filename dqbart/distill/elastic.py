@@ -14,23 +14,24 @@ per sub-network inside the objective, since what scales, clips or accumulates th
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from dqbart.data.batches import model_inputs
+from dqbart.data.batches import LABELS, model_inputs
 from dqbart.distill import losses
-from dqbart.distill.capture import autocast
+from dqbart.distill.capture import autocast, without_logits
+from dqbart.distill.chunked import word_terms
+from dqbart.distill.encoder_objective import of_real, real, task_term
 from dqbart.recipe import Recipe
 from dqbart.student.maps import kept_layers
 from dqbart.student.width import Shared, width_sizes
 
 TERMS = ("task", "logits", "hidden")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-_LABELS = ("labels", "start_positions", "end_positions")
-_FAR = -1e4  # a logit whose probability is 0 in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,23 +119,26 @@ class ElasticObjective:
     ) -> Iterator[Tensor]:
         """Each sub-network's loss, smallest first; `terms` and `outputs` are filled on the way."""
         inputs = model_inputs(student, {name: batch[name] for name in _INPUTS if name in batch})
-        labels = {name: batch[name] for name in _LABELS if name in batch} if "task" in self.weights else {}
         hidden, device = "hidden" in self.weights, batch["input_ids"].device
-        teacher_output: Any = None
+        theirs: Said | None = None
         for width in sorted(self.stage.widths):
-            if self.needs_teacher and (teacher_output is None or self.stage.same_width):
+            if self.needs_teacher and (theirs is None or self.stage.same_width):
                 runs = self._shared(teacher, width, 1.0) if self.stage.same_width else teacher
                 with torch.no_grad(), autocast(self.bf16, device):
-                    teacher_output = runs(**inputs, output_hidden_states=hidden)
+                    theirs = say(runs, inputs, hidden=hidden)
             for depth in sorted(self.stage.depths):
                 shared = self._shared(student, width, depth)
                 with autocast(self.bf16, device):
-                    output = shared(**inputs, **labels, output_hidden_states=hidden)
-                found = self._terms(output, teacher_output, batch, shared)
+                    ours = say(shared, inputs, hidden=hidden)
+                    total, found = head_terms(self.weights, ours, theirs, batch)
+                if hidden:
+                    assert theirs is not None
+                    found["hidden"] = _hidden_term(ours.output, theirs.output, batch, shared.kept)
+                    total = total + self.weights["hidden"] * found["hidden"]
                 for name, term in found.items():
                     terms[name] = terms.get(name, torch.zeros_like(term)) + term.detach()
-                outputs[:] = [output]
-                yield torch.stack([self.weights[name] * term for name, term in found.items()]).sum()
+                outputs[:] = [ours.output]
+                yield total
 
     def _shared(self, model: Any, width: float, depth: float) -> Shared:
         key = id(model), width, depth
@@ -142,55 +146,108 @@ class ElasticObjective:
             self._made[key] = Shared(model, width, depth)  # keeps the model, and so its id
         return self._made[key]
 
-    def _terms(self, student: Any, teacher: Any, batch: dict[str, Tensor], shared: Shared) -> dict[str, Tensor]:
-        terms = {}
-        if "task" in self.weights:
-            if getattr(student, "loss", None) is None:
-                raise ValueError(f"a batch of {', '.join(batch)} gives no loss: the term 'task' needs labels")
-            terms["task"] = student.loss.float()
-        if "logits" in self.weights:
-            terms["logits"] = prediction_loss(student, teacher, batch, shared.model.config)
-        if "hidden" in self.weights:
-            mask_BL = batch["attention_mask"].flatten(0, -2).bool()
-            last = len(teacher.hidden_states) - 1
-            pairs = zip(student.hidden_states, [*shared.kept, last], strict=True)
-            terms["hidden"] = torch.stack(
-                [losses.hidden_mse(ours, teacher.hidden_states[i], mask_BL) for ours, i in pairs]
-            ).sum()
+
+class Said(NamedTuple):
+    """A model's output. Of one with a language head, which put out no logits: the hidden states that the head would
+    have taken, and the head.
+    """
+
+    output: Any
+    config: Any
+    words_BLD: Tensor | None = None
+    head: Any = None
+
+
+def say(model: Any, inputs: dict[str, Tensor], *, hidden: bool = False) -> Said:
+    """Run a model, or a `Shared` part of one, whose head is the whole model's."""
+    whole, runs = (model.model, model.blank) if isinstance(model, Shared) else (model, model)
+    with without_logits(runs) as taken:
+        output = model(**inputs, output_hidden_states=hidden)
+    return Said(output, whole.config, *((taken[0], whole.get_output_embeddings()) if taken else ()))
+
+
+def head_terms(
+    weights: dict[str, float], ours: Said, theirs: Said | None, batch: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted total and terms of what heads say: `task`, of the labels, and `logits`, of the teacher, whatever the
+    head.
+
+    Classes [B, C]: cross-entropy and soft cross-entropy; of a regression, or one class: mean squared errors. Words:
+    mean over positions with a label, or, of `logits`, real ones if there are no labels per position; the head runs on
+    these alone. Question answering: mean of both ends, over real positions. Raises `ValueError` for models without a
+    head or of several labels, and for `task` without labels.
+    """
+    if "task" in weights and not set(LABELS) & batch.keys():
+        raise ValueError(f"a batch of {', '.join(batch)} gives no loss: the term 'task' needs labels")
+    if ours.words_BLD is not None:
+        return _word_terms(weights, ours, theirs, batch)
+    terms = {}
+    if "task" in weights:
+        terms["task"] = task_term(_kind(ours), ours.output, batch)
+    if "logits" in weights:
+        assert theirs is not None
+        terms["logits"] = _logits_term(ours, theirs, batch)
+    return sum((weights[name] * term for name, term in terms.items()), torch.zeros(())), terms
+
+
+def _kind(said: Said) -> str:
+    """The task that a head without words is for."""
+    output = said.output
+    if hasattr(output, "start_logits"):
+        return "questions"
+    if not hasattr(output, "logits"):
+        raise ValueError(
+            f"{type(output).__name__} has no logits: give the model a head, or the terms 'task' and 'logits' weight 0"
+        )
+    if said.config.problem_type == "multi_label_classification":
+        raise ValueError("problem_type 'multi_label_classification': expected one label, or a regression")
+    is_number = output.logits.size(-1) == 1 or said.config.problem_type == "regression"
+    return "regression" if is_number else "classification"
+
+
+def _logits_term(ours: Said, theirs: Said, batch: dict[str, Tensor]) -> Tensor:
+    kind = _kind(ours)
+    if kind == "questions":
+        ends, mask_BL = ("start_logits", "end_logits"), real(batch)
+        pairs = [[of_real(getattr(said.output, end), mask_BL) for said in (ours, theirs)] for end in ends]
+        return torch.stack([losses.soft_cross_entropy(a, b) for a, b in pairs]).mean()
+    a, b = ours.output.logits, theirs.output.logits
+    return F.mse_loss(a.float(), b.float()) if kind == "regression" else losses.soft_cross_entropy(a, b)
+
+
+def _word_terms(
+    weights: dict[str, float], ours: Said, theirs: Said | None, batch: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    assert ours.words_BLD is not None
+    counted_BL, labels_N = real(batch), None
+    if "labels" in batch and batch["labels"].shape == counted_BL.shape:
+        counted_BL = batch["labels"] != -100
+        labels_N = batch["labels"][counted_BL]
+    ours_ND = ours.words_BLD[counted_BL]
+    if not len(ours_ND):  # of which means would be NaN
+        nothing = ours_ND.sum().float()
+        return nothing, {name: nothing for name in weights if name != "hidden"}
+
+    def terms_of(ours_nD: Tensor, piece: slice) -> dict[str, Tensor]:
+        z_nV, terms = ours.head(ours_nD), {}
+        if "task" in weights:
+            assert labels_N is not None
+            terms["task"] = F.cross_entropy(z_nV.float(), labels_N[piece])
+        if "logits" in weights:
+            assert theirs is not None and theirs.words_BLD is not None
+            with torch.no_grad():
+                t_nV = theirs.head(theirs.words_BLD[counted_BL][piece])
+            terms["logits"] = losses.soft_cross_entropy(z_nV, t_nV)
         return terms
 
+    return word_terms(ours_ND, ours.head, terms_of, weights)
 
-def prediction_loss(student: Any, teacher: Any, batch: dict[str, Tensor], config: Any) -> Tensor:
-    """How far a head's output is from the teacher's, whatever the head.
 
-    Classes [B, C]: soft cross-entropy; of a regression, or one class: mean squared error. Words or tokens [B, L, C]:
-    soft cross-entropy, mean over positions with a label, or real ones if there are no labels per position. Question
-    answering: mean of the two over real positions. Raises `ValueError` for models without a head or of several labels.
-    """
-    if hasattr(student, "start_logits"):
-        padding_BL = ~batch["attention_mask"].bool()
-        pairs = [(student.start_logits, teacher.start_logits), (student.end_logits, teacher.end_logits)]
-        return torch.stack(
-            [losses.soft_cross_entropy(*(z.float().masked_fill(padding_BL, _FAR) for z in pair)) for pair in pairs]
-        ).mean()
-    if not hasattr(student, "logits"):
-        raise ValueError(
-            f"{type(student).__name__} has no logits: give the model a head, or the term 'logits' weight 0"
-        )
-    ours, theirs = student.logits, teacher.logits
-    if ours.dim() == 3:
-        labels = batch.get("labels")
-        counted_BL = batch["attention_mask"].bool()
-        if labels is not None and labels.shape == counted_BL.shape:
-            counted_BL = labels.ne(-100)
-        if not counted_BL.any():
-            return (ours * 0).sum().float()
-        return losses.soft_cross_entropy(ours[counted_BL], theirs[counted_BL])
-    if config.problem_type == "multi_label_classification":
-        raise ValueError("problem_type 'multi_label_classification': expected one label, or a regression")
-    if ours.size(-1) == 1 or config.problem_type == "regression":
-        return (ours.float() - theirs.float()).square().mean()
-    return losses.soft_cross_entropy(ours, theirs)
+def _hidden_term(ours: Any, theirs: Any, batch: dict[str, Tensor], kept: list[int]) -> Tensor:
+    """Embedding outputs and inputs of the same layers, and the last hidden states."""
+    mask_BL, rows = real(batch), [*kept, len(theirs.hidden_states) - 1]
+    pairs = zip(ours.hidden_states, rows, strict=True)
+    return torch.stack([losses.hidden_mse(a, theirs.hidden_states[i], mask_BL) for a, i in pairs]).sum()
 
 
 class _Summed(torch.autograd.Function):

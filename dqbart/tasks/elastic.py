@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dqbart.data.batches import LABELS, model_inputs
 from dqbart.data.columns import sample
+from dqbart.distill.elastic import head_terms, say
 from dqbart.evaluation.metrics import Score
 from dqbart.recipe import Recipe
 from dqbart.student.importance import importance, rewire
@@ -50,8 +51,14 @@ def rewire_student(student: Any, teacher: Any, task: Task, examples: Any, work: 
             batch = collator(rows[start : start + size])
             yield model_inputs(teacher, batch) | {name: batch[name] for name in LABELS if name in batch}
 
-    found = importance(teacher, batches())
+    found = importance(teacher, batches(), label_loss)
     rewire(student, found.head_order, found.neuron_order)
+
+
+def label_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """What the labels say of a model's outputs, as in training: no whole logits of words, nothing of padding."""
+    inputs = {name: value for name, value in batch.items() if name not in LABELS}
+    return head_terms({"task": 1.0}, say(model, inputs), None, batch)[0]
 
 
 def mean_score(task: Task, student: Any, examples: Any, recipe: Recipe) -> Score:
