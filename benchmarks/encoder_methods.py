@@ -96,7 +96,7 @@ class Workshop:
 
         on_text = cell.data.name == texts.name
         data, output = self.rows(cell.data), self.folder(cell)
-        recipe = cell.recipe | lengths(cell, data) | {"bf16": self.bf16 and on_text}
+        recipe = recipe_of(cell) | lengths(cell, data) | {"bf16": self.bf16 and on_text}
         model = self.model(cell.model, texts)
         student = None if cell.student is None else self.model(cell.student, texts)
         result = dqbart.compress(
@@ -113,6 +113,16 @@ class Workshop:
             return row | {"words": found.get("accuracy")}
         score, _ = evaluate(str(output), str(data), device=self.device)
         return row | {"score": score.value, "metric": "accuracy", "validation": found["accuracy"]}
+
+
+def recipe_of(cell: Cell) -> dict[str, Any]:
+    """A cell's recipe without the mask rate of the study where its method masks nothing, which `compress` would refuse.
+    The cell keeps it: by its fingerprint finished rows are known.
+    """
+    from dqbart import Recipe
+
+    masks = {"task", "logits"} & Recipe.from_dict(cell.recipe).terms.keys()
+    return {name: value for name, value in cell.recipe.items() if masks or name != "mask_rate"}
 
 
 def lengths(cell: Cell, data: Path) -> dict[str, Any]:

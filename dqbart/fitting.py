@@ -19,7 +19,7 @@ def resolve(recipe: Recipe, config: Any, task: str | None = None, student: Any =
     that is no copy. Lengths are cut to the positions that the model has.
     The rate is a base by weight bits, times sqrt(768 / width): narrow models take larger steps
     (4+4 layers of width 256 did best near 5e-4 at two bits). Raises `ValueError` where method, task and losses
-    are for other models.
+    are for other models, and for a key that nothing would read. What it gives, it gives back unchanged.
     """
     task = recipe.task or task or ("seq2seq" if config.is_encoder_decoder else "text")
     _check_family(recipe, config, task)
@@ -43,7 +43,9 @@ def resolve(recipe: Recipe, config: Any, task: str | None = None, student: Any =
         width = recipe.hidden_size or (config if student is None else student).hidden_size
         base = METHODS[recipe.method].learning_rate if low == 32 else LEARNING_RATE[low]
         changes["learning_rate"] = float(f"{base * (768 / width) ** 0.5:.2g}")
-    return dataclasses.replace(recipe, **changes)
+    resolved = dataclasses.replace(recipe, **changes)
+    _check_unread(resolved, config, positions)
+    return resolved
 
 
 def _check_family(recipe: Recipe, config: Any, task: str) -> None:
@@ -61,7 +63,6 @@ def _check_family(recipe: Recipe, config: Any, task: str) -> None:
     for name in recipe.terms:
         if name not in (*BOTH, *own):
             raise ValueError(f"losses.{name}: a {config.model_type} model has {', '.join((*BOTH, *own))}")
-    _check_unread(recipe, config, task)
     if task == "sentences" and recipe.trains and not recipe.elastic and {"task", "logits"} & set(recipe.terms):
         raise ValueError(
             f"method {recipe.method!r} with task 'sentences': no words or classes are put out that could be "
@@ -76,30 +77,40 @@ def _check_family(recipe: Recipe, config: Any, task: str) -> None:
         )
 
 
-def _check_unread(recipe: Recipe, config: Any, task: str) -> None:
-    """A key that nothing would read is refused: whoever gives it expects something of it."""
-    method = METHODS[recipe.method]
-    stages = dataclasses.replace(recipe, task=task).stages()
-    guessed = any("logits" in stage.terms for stage in stages) and recipe.logits_loss == "kl" and task != "regression"
+def _check_unread(recipe: Recipe, config: Any, positions: int) -> None:
+    """A key that nothing would read is refused: whoever gives it expects something of it. The recipe is resolved."""
+    method, task, stages = METHODS[recipe.method], recipe.task, recipe.stages()
+    learned, told = (any(name in stage.terms for stage in stages) for name in BOTH)
+    guessed = told and recipe.logits_loss == "kl" and task != "regression"
     two_parts = recipe.elastic or (method.then is not None and task not in ("text", "sentences"))
     related = {"attention_kl", "values", "queries", "keys"} & recipe.terms.keys()
+    masked = task == "text" and (recipe.elastic or {*BOTH} & recipe.terms.keys())
+    quantized, writes = recipe.bits.quantized, task in ("seq2seq", "s2s")
     readers: dict[str, tuple[Any, str]] = {
         "widths depths label_epochs": (recipe.elastic, "method 'dynabert'"),
         "prediction_epochs": (two_parts, "a method with a second part, on a task,"),
+        "logits_loss": (told or recipe.numerics == "paper", "losses.logits"),
         "temperature": (guessed, "logits_loss 'kl' of classes or words"),
         "teacher_layer relation_heads": (related, "the losses attention_kl, queries, keys and values"),
         "sharing": (recipe.family == "albert" and config.model_type != "albert", "family 'albert' of another teacher"),
-        "masking segments document_column": (task == "text", "task 'text'"),
+        "segments document_column": (task == "text", "task 'text'"),
+        "mask_rate masking": (masked, "task 'text' with losses.task or losses.logits"),
         "source_prefix": (task not in ("text", "questions"), "tasks with one source text"),
-        "label_smoothing": (task not in ("regression", "questions", "sentences"), "tasks with classes or words"),
-        "source_column pair_column target_column": (
-            task != "questions",
-            "tasks other than questions",
+        "label_smoothing": (
+            learned and task not in ("regression", "questions", "sentences"),
+            "losses.task of classes or words",
         ),
-        "generation": (task in WRITES, "tasks that write or answer"),
-        "skip probability_bits": (recipe.bits.quantized, "bits other than 32-32-32"),
+        "source_column": (task != "questions", "tasks other than questions"),
+        "target_column": (task not in ("questions", "text"), "tasks with a column of outputs or labels"),
+        "pair_column": (task in ("classification", "regression", "sentences"), "tasks on pairs of texts"),
+        "source_lang max_target_length": (writes, "tasks that write"),
+        "target_lang generation": (task in WRITES, "tasks that write or answer"),
+        "skip probability_bits float_dtype": (quantized, "bits other than 32-32-32"),
+        "quantize_heads": (quantized and not config.is_encoder_decoder, "encoders with bits other than 32-32-32"),
     }
-    unset = {f.name: f.default for f in dataclasses.fields(recipe)} | USUAL | {"generation": {}} | method.settings
+    unset: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(recipe)}
+    unset |= USUAL | {"generation": {}} | method.settings
+    unset["max_target_length"] = min(unset["max_target_length"], positions - 1)  # as a resolved recipe has it
     for names, (is_read, reader) in readers.items():
         for name in names.split():
             if not is_read and getattr(recipe, name) != unset[name]:

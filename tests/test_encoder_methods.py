@@ -9,7 +9,7 @@ from pathlib import Path
 import encoder_methods
 import pytest
 import torch
-from encoder_methods import Workshop, is_done, lengths, look_beside_, sample
+from encoder_methods import Workshop, is_done, lengths, look_beside_, recipe_of, sample
 from encoder_methods_cells import (
     ABLATION,
     METHODS,
@@ -26,6 +26,7 @@ from encoder_methods_tables import best, table
 from ledger import Ledger
 from transformers import BertConfig, BertForMaskedLM
 
+from dqbart.fitting import resolve
 from dqbart.recipe import Recipe
 
 SMALL = STUDIES["small"]
@@ -44,7 +45,8 @@ def test_every_cell_comes_once_after_what_it_needs_and_has_a_recipe(size: str) -
     assert len(set(names)) == len(names) == len({cell.settings for cell in made})
     for place, cell in enumerate(made):
         assert all(need.name in names[:place] for need in cell.needs)
-        recipe = Recipe.from_dict(cell.recipe | {"max_steps": 1})
+        recipe = resolve(Recipe.from_dict(recipe_of(cell) | {"max_steps": 1}), BertConfig())  # nothing is unread
+        assert ("mask_rate" in recipe_of(cell)) == (cell.shown["part"] == "text" and "task" in recipe.terms)
         assert len(cell.steps) == (2 if cell.recipe["method"] == "tinybert" and "prediction_epochs" not in cell.recipe
                                    and cell.shown["part"] != "text" else 1)  # fmt: skip
         assert recipe.max_source_length == study.teacher.length

@@ -3,13 +3,14 @@
 from typing import Any
 
 import pytest
+import yaml
 from tiny_models import tiny_encoder, tiny_seq2seq
 from transformers import BartConfig
 
 from dqbart.fitting import resolve
 from dqbart.methods import METHODS
 from dqbart.notation import Layers
-from dqbart.recipe import Recipe
+from dqbart.recipe import METRICS, PRESETS, Recipe
 
 
 def test_resolve_reads_the_teachers_config() -> None:
@@ -54,13 +55,36 @@ def test_methods_know_their_models() -> None:
         ({"teacher_layer": 99}, None, "teacher_layer 99: only the losses attention_kl, queries, keys and values"),
         ({"relation_heads": 4, "method": "tinybert"}, None, "relation_heads 4: only the losses"),
         ({"sharing": "ffn"}, None, "sharing 'ffn': only family 'albert' of another teacher would read it"),
-        ({"masking": "word"}, "classification", "masking 'word': only task 'text' would read it; leave it out"),
+        ({"masking": "word"}, "classification", "masking 'word': only task 'text' with losses.task or losses.logits"),
         ({"masking": "word", "method": "distilbert"}, "classification", "masking 'word': only task 'text'"),
         ({"segments": 2}, "classification", "segments 2: only task 'text'"),
         ({"document_column": "doc"}, "regression", "document_column 'doc': only task 'text'"),
         ({"source_prefix": "query: "}, "text", "source_prefix 'query: ': only tasks with one source text"),
-        ({"label_smoothing": 0.1}, "regression", "label_smoothing 0.1: only tasks with classes or words"),
-        ({"target_column": "answer"}, "questions", "target_column 'answer': only tasks other than questions"),
+        ({"label_smoothing": 0.1}, "regression", "label_smoothing 0.1: only losses.task of classes or words"),
+        ({"label_smoothing": 0.1, "method": "prediction"}, None, "label_smoothing 0.1: only losses.task of classes"),
+        ({"label_smoothing": 0.1, "method": "tinybert"}, "text", "label_smoothing 0.1: only losses.task of classes"),
+        ({"mask_rate": 0.3}, "s2s", "mask_rate 0.3: only task 'text' with losses.task or losses.logits would read it"),
+        ({"mask_rate": 0.3, "method": "minilm"}, "text", "mask_rate 0.3: only task 'text' with losses.task or"),
+        ({"mask_rate": 0, "method": "tinybert"}, "text", "mask_rate 0: only task 'text' with losses.task or"),
+        ({"masking": "ngram", "method": "minilm2"}, "text", "masking 'ngram': only task 'text' with losses.task or"),
+        ({"source_column": "question"}, "questions", "source_column 'question': only tasks other than questions"),
+        ({"target_column": "answer"}, "questions", "target_column 'answer': only tasks with a column of outputs or"),
+        ({"target_column": "label"}, "text", "target_column 'label': only tasks with a column of outputs or labels"),
+        ({"pair_column": "other"}, "text", "pair_column 'other': only tasks on pairs of texts would read it"),
+        ({"pair_column": "other"}, "s2s", "pair_column 'other': only tasks on pairs"),
+        ({"pair_column": "other"}, "seq2seq", "pair_column 'other': only tasks on pairs"),
+        ({"source_lang": "en_XX"}, "questions", "source_lang 'en_XX': only tasks that write would read it"),
+        ({"target_lang": "en_XX"}, None, "target_lang 'en_XX': only tasks that write or answer would read it"),
+        ({"max_target_length": 20}, "questions", "max_target_length 20: only tasks that write would read it"),
+        ({"quantize_heads": True}, "seq2seq", "quantize_heads True: only encoders with bits other than 32-32-32"),
+        ({"quantize_heads": True, "bits": "32-32-32"}, None, "quantize_heads True: only encoders with bits other"),
+        ({"float_dtype": "float32", "bits": "32-32-32"}, None, "float_dtype 'float32': only bits other than 32-32-32"),
+        (
+            {"logits_loss": "mse", "method": "finetune"},
+            "seq2seq",
+            "logits_loss 'mse': only losses.logits would read it",
+        ),
+        ({"logits_loss": "mse", "method": "minilm"}, None, "logits_loss 'mse': only losses.logits would read it"),
         ({"skip": "*.fc1", "bits": "32-32-32"}, None, r"skip \('\*.fc1',\): only bits other than 32-32-32"),
         ({"generation": {"num_beams": 4}}, None, "generation {'num_beams': 4}: only tasks that write or answer would"),
         ({"label_epochs": 1}, None, "label_epochs 1: only method 'dynabert'"),
@@ -81,12 +105,45 @@ def test_methods_know_their_models() -> None:
     ],
 )
 def test_keys_that_nothing_would_read(changes: dict[str, Any], task: str | None, words: str) -> None:
+    config = (tiny_seq2seq() if task == "seq2seq" else tiny_encoder("bert")).config
     with pytest.raises(ValueError, match=words):
-        resolve(Recipe(**changes), tiny_encoder("bert").config, task or "classification")
+        resolve(Recipe(**changes), config, task or "classification")
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-def test_what_a_method_sets_is_not_refused(method: str) -> None:
-    for task in ("classification", "text"):
-        found = resolve(Recipe(method=method), tiny_encoder("bert").config, task)
-        assert resolve(found, tiny_encoder("bert").config, task) == found
+@pytest.mark.parametrize(
+    "changes, task",
+    [
+        ({"mask_rate": 0.3, "masking": "word", "method": "ternarybert"}, "text"),
+        ({"mask_rate": 0.3, "masking": "word", "method": "dynabert", "losses": {"logits": 0.0}}, "text"),
+        ({"label_smoothing": 0.1, "logits_loss": "mse"}, "classification"),
+        ({"logits_loss": "mse", "method": "tinybert"}, "classification"),  # of its second part
+        ({"pair_column": "other", "target_column": "score"}, "sentences"),
+        ({"source_lang": "en_XX", "target_lang": "de_DE", "max_target_length": 20}, "s2s"),
+        ({"target_lang": "de_DE"}, "questions"),  # what answers are scored in
+        ({"language": "de"}, "classification"),  # stands on the card
+        ({"preset": "paper-2-2-8", "losses": {"logits": 0}}, "seq2seq"),  # whose numerics insist on logits_loss 'mse'
+    ],
+)
+def test_keys_that_are_read(changes: dict[str, Any], task: str) -> None:
+    config = (tiny_seq2seq() if task == "seq2seq" else tiny_encoder("bert")).config
+    if "sentences" in task:
+        changes = changes | {"method": "sentence"}
+    found = resolve(Recipe.from_dict(changes), config, task)
+    assert resolve(found, config, task) == found
+
+
+@pytest.mark.parametrize("task", list(METRICS))
+@pytest.mark.parametrize("name", [*METHODS, *PRESETS])
+def test_a_recipe_of_a_finished_run_is_taken_again(name: str, task: str) -> None:
+    config = (tiny_seq2seq() if task == "seq2seq" else tiny_encoder("bert")).config
+    recipe = Recipe(method=name) if name in METHODS else Recipe.preset(name)
+    family = "encoder-decoder" if task == "seq2seq" else "encoder"
+    silent = task == "sentences" and {"task", "logits"} & recipe.terms.keys()
+    if family not in METHODS[recipe.method].families or silent or (recipe.elastic and task in ("sentences", "s2s")):
+        pytest.skip("not for such a task")
+    if name.startswith("paper") and family == "encoder":
+        pytest.skip("not for encoders")
+    found = resolve(recipe, config, task)
+    assert (found.max_source_length, found.max_target_length) == (64, 63)  # cut to the model's
+    again = Recipe.from_dict(yaml.safe_load(found.to_yaml()))
+    assert resolve(again, config) == found
