@@ -118,7 +118,7 @@ class Recipe:
     # Model selection and scores
     metric: str | None = None  # None: the first of METRICS for the task
     language: str | None = None  # of the target text; None: of target_lang, else English, which rouge stems
-    evaluations: int = 4  # dev decodings during training, the last step included
+    evaluations: int = 4  # dev decodings during training, the last step included; 0: the last student is kept
     dev_subset: int = 200
     eval_batch_size: int = 32
     generation: dict[str, Any] = field(default_factory=dict)  # on top of generation_config.json

@@ -258,13 +258,22 @@ def test_the_teacher_stays_out_of_it(tmp_path: Path) -> None:
         assert set(file.keys()) <= set(trainer.model.state_dict())
 
 
+def test_no_evaluations_keep_the_last_student(tmp_path: Path) -> None:
+    asked: list[int] = []
+    trainer = make(tmp_path, dev_score=lambda student: asked.append(1), evaluations=0, max_steps=5)
+    train(trainer)
+    assert asked == [] and trainer.state.global_step == 5 and not (tmp_path / "best").exists()
+    assert not any("dev" in row for row in rows(tmp_path))
+
+
 def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(layers="1-1", learning_rate=1e-3, epochs=3, batch_size=4, gradient_accumulation=2, warmup_ratio=0.1)
     arguments = training_arguments(recipe, tmp_path, 26, "cpu")
     assert (arguments.max_steps, arguments.warmup_steps, arguments.eval_steps) == (12, 2, 3)
     assert training_arguments(Recipe(layers="1-1", epochs=0.1), tmp_path, 1000, "cpu").max_steps == 4
     assert training_arguments(Recipe(layers="1-1", max_steps=7, epochs=50), tmp_path, 9, "cpu").max_steps == 7
-    assert training_arguments(Recipe(layers="1-1", evaluations=0), tmp_path, 320, "cpu").eval_steps == 30
+    never = training_arguments(Recipe(layers="1-1", evaluations=0), tmp_path, 320, "cpu")
+    assert (never.max_steps, never.eval_steps, never.save_steps) == (30, 0, 25)
     monkeypatch.setattr(module, "_world_size", lambda: 2)
     assert training_arguments(recipe, tmp_path, 26, "cpu").max_steps == 6
 

@@ -37,7 +37,7 @@ def training_arguments(recipe: Recipe, folder: Path, examples: int, device: str 
     """Trainer's arguments for a resolved recipe; checkpoints go to `folder/checkpoints`."""
     batch = recipe.batch_size * recipe.gradient_accumulation * max(1, _world_size())
     steps = recipe.max_steps or max(1, math.ceil(recipe.epochs * math.ceil(examples / batch)))
-    every = max(1, math.ceil(steps / recipe.evaluations)) if recipe.evaluations else steps
+    every = max(1, math.ceil(steps / recipe.evaluations)) if recipe.evaluations else 0
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=steps,
@@ -50,9 +50,9 @@ def training_arguments(recipe: Recipe, folder: Path, examples: int, device: str 
         warmup_steps=math.ceil(recipe.warmup_ratio * steps),
         bf16=recipe.bf16,
         seed=recipe.seed,
-        eval_steps=every,  # read by `Progress`: Trainer's own strategy wants a dataset to evaluate on
+        eval_steps=every,  # read by `Progress`, 0: never; Trainer's own strategy wants a dataset to evaluate on
         save_strategy="steps",
-        save_steps=max(1, min(every, max(25, steps // 20))),
+        save_steps=max(1, min(every or steps, max(25, steps // 20))),
         save_total_limit=1,
         logging_strategy="steps",
         logging_steps=max(1, steps // 100),
@@ -200,8 +200,9 @@ class Progress(TrainerCallback):
         self.trainer._record({"step": state.global_step, "loss": loss, "lr": logs.get("learning_rate"), **means})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        due = state.global_step % args.eval_steps == 0 or state.global_step == state.max_steps
-        control.should_evaluate = due and self.trainer.dev_score is not None
+        chooses = self.trainer.dev_score is not None and args.eval_steps > 0
+        last = state.global_step == state.max_steps
+        control.should_evaluate = chooses and (last or state.global_step % args.eval_steps == 0)
         return control
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
