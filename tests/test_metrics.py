@@ -132,6 +132,18 @@ def test_bleu_is_sacrebleus() -> None:
     assert result["chrf_signature"].startswith("nrefs:1|case:mixed|eff:yes|nc:6")
 
 
+def test_case_counts_unless_told_not_to() -> None:
+    said, wanted = ["Where did the NASA rover land ?"], ["where did the nasa rover land ?"]
+    strict, loose = (bleu(said, wanted, lowercase=lowercase) for lowercase in (False, True))
+    assert strict["bleu"] < 60 < loose["bleu"] == pytest.approx(100) and strict["chrf"] < 90 < loose["chrf"]
+    for name in ("signature", "chrf_signature"):
+        assert "case:mixed" in strict[name] and "case:lc" in loose[name]
+    strict_sums, loose_sums = (bleu_statistics(said, wanted, lowercase=lowercase).sum(0) for lowercase in (False, True))
+    assert bleu_of_sums(strict_sums) < 60 < bleu_of_sums(loose_sums) == pytest.approx(100)
+    found = score("bleu", said, wanted, lowercase=True, resamples=2)
+    assert found.intervals["bleu"] == pytest.approx([100, 100]) and found.definition.count("case:lc") == 2
+
+
 def test_bleu_by_hand() -> None:
     # 4 of 5, 3 of 4, 2 of 3, 1 of 2 n-grams; system 5 words, reference 6: brevity exp(1 - 6/5).
     result = bleu(["a b c d x"], ["a b c d e f"])

@@ -11,12 +11,15 @@ import torch
 from conftest import WORDS, sentences, word_tokenizer
 from test_packed_modules import student
 from tiny_models import ENCODERS, tiny_encoder, tiny_seq2seq
-from transformers import BertConfig, BertForMaskedLM, DynamicCache, EncoderDecoderCache
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer, DynamicCache, EncoderDecoderCache
 
+from dqbart.data.columns import Examples
 from dqbart.data.s2s import S2sCollator, S2sLayout, SeededItems, additive_mask, encode_s2s, s2s_mask
 from dqbart.evaluation.s2s_generate import Seq2SeqEncoder, write_texts_s2s
 from dqbart.packed.checkpoint import load_packed, save_packed
 from dqbart.quant.attention import quantize_attention, use_attention
+from dqbart.recipe import Recipe
+from dqbart.tasks.s2s import EncoderSequenceToSequence, lowers_case
 
 CACHED = ("bert", "roberta", "xlm-roberta")
 START, PAD, END, MASK = 0, 1, 2, 4
@@ -401,3 +404,17 @@ def test_validation_measures_decoding(reverser: Any) -> None:
         loss = reverser(**first).loss
     expected = torch.nn.functional.cross_entropy(steps(reverser, pairs[0], True), torch.tensor(pairs[0]["labels"]))
     assert float(loss) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_scores_know_a_tokenizer_that_lowers_case() -> None:
+    """Whatever it writes is lower case: against references as they are, a perfect student would get some 65 BLEU."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "The", *"abc", *"ABC"]
+    for uncased in (True, False):
+        words = BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, do_lower_case=uncased)
+        assert lowers_case(words) == uncased
+        recipe = Recipe(task="s2s", metric="bleu", max_target_length=6)
+        model = tiny_bert(vocab_size=len(pieces), pad_token_id=0)
+        found = EncoderSequenceToSequence(recipe, words, model).score(model, Examples(["a b", "c"], ["The cat", "A"]))
+        assert found.score.definition.count("case:lc") == (2 if uncased else 0)
+    for other in (tokenizer(), word_tokenizer()):  # know no capital letter
+        assert not lowers_case(other)

@@ -80,11 +80,13 @@ def score(
     references: References,
     *,
     language: str = "en",
+    lowercase: bool = False,
     generation: Mapping[str, Any] | None = None,
     resamples: int = 1000,
     seed: int = 28,
 ) -> Score:
-    """Score with `metric` "rouge" or "bleu", with 95 % intervals; `generation` is stored, not used.
+    """Score with `metric` "rouge" or "bleu", with 95 % intervals; `generation` is stored, not used. `lowercase`: BLEU
+    takes no account of case, which ROUGE never does.
 
     Raises `ValueError` for another metric, no examples, lists of different lengths, and anything
     but texts.
@@ -104,9 +106,9 @@ def score(
         }
         definition = rouge_definition(language)
     elif metric == "bleu":
-        result = bleu(predictions, references, language=language)
+        result = bleu(predictions, references, language=language, lowercase=lowercase)
         values = {"bleu": result["bleu"], "chrf": result["chrf"]}
-        stats_NS = bleu_statistics(predictions, references, language=language)
+        stats_NS = bleu_statistics(predictions, references, language=language, lowercase=lowercase)
         intervals = {"bleu": bootstrap_interval(stats_NS, bleu_of_sums, resamples=resamples, seed=seed)}
         definition = f"BLEU {result['signature']}; chrF {result['chrf_signature']}"
     else:
@@ -154,12 +156,14 @@ def rouge_definition(language: str) -> str:
     )
 
 
-def bleu(predictions: Sequence[str], references: References, *, language: str = "en") -> dict[str, Any]:
+def bleu(
+    predictions: Sequence[str], references: References, *, language: str = "en", lowercase: bool = False
+) -> dict[str, Any]:
     """sacreBLEU's corpus BLEU and chrF2 (Post 2018): `bleu`, `signature`, `chrf`, `chrf_signature`.
 
     Examples may have different numbers of references. `language` chooses the tokenizer: 13a, `zh`
-    for Chinese, characters for Japanese, Korean, Thai, Lao, Khmer and Burmese; the signature names
-    it. Raises `ValueError` as `score` does.
+    for Chinese, characters for Japanese, Korean, Thai, Lao, Khmer and Burmese; the signatures name
+    it, and `lowercase` (case:lc), of both. Raises `ValueError` as `score` does.
     """
     from sacrebleu.metrics import BLEU, CHRF
 
@@ -167,7 +171,8 @@ def bleu(predictions: Sequence[str], references: References, *, language: str = 
     # sacreBLEU wants one stream per reference number, None where an example has fewer.
     widest = max(map(len, accepted))
     streams: Any = [[texts[r] if r < len(texts) else None for texts in accepted] for r in range(widest)]
-    bleu_metric, chrf_metric = BLEU(tokenize=_bleu_tokenizer(language), force=True), CHRF()
+    bleu_metric = BLEU(tokenize=_bleu_tokenizer(language), force=True, lowercase=lowercase)
+    chrf_metric = CHRF(lowercase=lowercase)
     return {
         "bleu": float(bleu_metric.corpus_score(list(predictions), streams).score),
         "signature": str(bleu_metric.get_signature()),
@@ -176,14 +181,16 @@ def bleu(predictions: Sequence[str], references: References, *, language: str = 
     }
 
 
-def bleu_statistics(predictions: Sequence[str], references: References, *, language: str = "en") -> np.ndarray:
+def bleu_statistics(
+    predictions: Sequence[str], references: References, *, language: str = "en", lowercase: bool = False
+) -> np.ndarray:
     """Counts of every example, int64 `[N, 10]`: both lengths, matches and totals of 1- to 4-grams.
 
     `bleu_of_sums` of their sum is the corpus BLEU. Raises `ValueError` as `score` does.
     """
     from sacrebleu.metrics import BLEU
 
-    metric = BLEU(tokenize=_bleu_tokenizer(language), force=True, effective_order=True)
+    metric = BLEU(tokenize=_bleu_tokenizer(language), force=True, effective_order=True, lowercase=lowercase)
     rows = []
     for prediction, texts in zip(predictions, _checked(predictions, references), strict=True):
         one = metric.sentence_score(prediction, texts)
