@@ -1,5 +1,6 @@
 """Augmentation: what may change and what may not, for every tokenizer family and script, with tiny random models."""
 
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -15,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_encoder
 
+from dqbart.data import augmentation
 from dqbart.data.augmentation import Augmenter, Candidates
 from dqbart.data.word_vectors import EmbeddingVectors, WordVectors, read_word_vectors
 from dqbart.data.words import PieceWords, find_words, match_case, stop_words
+from dqbart.tasks.augment import augment_file
 
 # -- tiny tokenizers of the real classes ------------------------------------------------------------------------------
 
@@ -420,7 +423,7 @@ def test_a_literal_mask_in_the_text_is_not_ours() -> None:
     calls = recorded(made)
     text = "[MASK] cat [MASK] bird"
     assert changed(text, made.candidates([text])[0])["cat"] == ("dog", "house")
-    assert [made.augment([text])[i].text.count("[MASK]") for i in range(3)] == [2, 2, 2]
+    assert [list(made.augment([text]))[i].text.count("[MASK]") for i in range(3)] == [2, 2, 2]
     assert "[CLS] [MASK] [MASK] [MASK] bird [SEP]" in made.tokenizer.decode(calls[0]["input_ids"][0])
 
 
@@ -443,7 +446,7 @@ def test_long_texts_are_seen_through_a_window() -> None:
     for kind in TOKENIZERS:
         made = augmenter(kind, variants=1)
         calls = recorded(made)
-        made.augment(["the cat sees old dog " * 14])
+        list(made.augment(["the cat sees old dog " * 14]))
         assert 58 <= max(call["input_ids"].shape[1] for call in calls) <= 62
 
 
@@ -465,7 +468,7 @@ TEXTS = [
 def test_only_words_change_and_only_to_their_candidates(kind: str, text: str) -> None:
     made = augmenter(kind, variants=7, top_k=40, probability=1.0)
     (found,) = made.candidates([text])
-    rows = made.augment([text])
+    rows = list(made.augment([text]))
     assert rows[0] == (text, None, 0) and 1 <= len(rows) <= 8
     variants = [row.text for row in rows[1:]]
     assert all(fits(variant, text, found, keep=False) for variant in variants)
@@ -483,7 +486,7 @@ def test_only_words_change_and_only_to_their_candidates(kind: str, text: str) ->
 def test_any_text_keeps_what_is_not_a_word(text: str) -> None:
     for made in FUZZED:
         (found,) = made.candidates([text])
-        for row in made.augment([text])[1:]:
+        for row in list(made.augment([text]))[1:]:
             assert fits(row.text, text, found, keep=True) and row.text != text
         assert all(regex.match(r"\p{L}", text[word.start : word.end]) for word in found)
 
@@ -495,9 +498,9 @@ def test_probability_0_gives_the_original_alone_and_asks_nobody() -> None:
     for settings_ in ({"probability": 0.0}, {"variants": 0}):
         made = augmenter(**settings_)
         calls = recorded(made)
-        assert made.augment(TEXTS) == [(text, None, i) for i, text in enumerate(TEXTS)]
+        assert list(made.augment(TEXTS)) == [(text, None, i) for i, text in enumerate(TEXTS)]
         assert calls == []
-    assert augmenter().augment([]) == [] == augmenter().augment([], [])
+    assert list(augmenter().augment([])) == [] == list(augmenter().augment([], []))
 
 
 def test_probability_is_per_word() -> None:
@@ -519,7 +522,7 @@ def test_a_pair_s_other_text_is_the_original() -> None:
     """The released code left the last variant of text 1 beside the variants of text 2."""
     made = augmenter(variants=5, top_k=40, probability=0.9)
     firsts, seconds = ["old cat sees house", "big tree"], ["small dog likes river", "old cat sees house"]
-    rows = made.augment(firsts, seconds)
+    rows = list(made.augment(firsts, seconds))
     for origin, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
         mine = [row for row in rows if row.origin == origin]
         assert mine[0] == (first, second, origin)
@@ -535,19 +538,20 @@ def test_a_pair_s_other_text_is_the_original() -> None:
 def test_variants_depend_on_the_text_and_the_seed_alone() -> None:
     texts = [*TEXTS, "old dog likes the small river", "The cat sees the old house."]
     made = augmenter(top_k=40, variants=4)
-    rows = made.augment(texts)
+    rows = list(made.augment(texts))
     for batch_size in (1, 3, 500):
-        assert augmenter(top_k=40, variants=4, batch_size=batch_size).augment(texts) == rows
+        assert list(augmenter(top_k=40, variants=4, batch_size=batch_size).augment(texts)) == rows
     by_text = {i: [row.text for row in rows if row.origin == i] for i in range(len(texts))}
     torch.manual_seed(77)
     for i, text in enumerate(texts):
         assert [row.text for row in made.augment([text])] == by_text[i]
-    reverse = made.augment(texts[::-1])
+    reverse = list(made.augment(texts[::-1]))
     assert [row.text for row in reverse if row.origin == 0] == by_text[len(texts) - 1] == by_text[0]
-    assert augmenter(top_k=40, variants=4, seed=29).augment(texts) != rows
+    assert list(augmenter(top_k=40, variants=4, seed=29).augment(texts)) != rows
     one_word = answering(["dog"], variants=20)  # texts of one shape don't all change at the same places
     places = [
-        [row.text.split().index("dog") for row in one_word.augment([text])[1:]] for text in ("cat " * 9, "old " * 9)
+        [row.text.split().index("dog") for row in list(one_word.augment([text]))[1:]]
+        for text in ("cat " * 9, "old " * 9)
     ]
     assert places[0] != places[1]
 
@@ -555,24 +559,94 @@ def test_variants_depend_on_the_text_and_the_seed_alone() -> None:
 def test_a_text_is_asked_about_once() -> None:
     made = augmenter(variants=2)
     calls = recorded(made)
-    made.augment(["old cat", "new dog", "old cat"] * 40, ["old cat", "old cat", "old cat"] * 40)
+    list(made.augment(["old cat", "new dog", "old cat"] * 40, ["old cat", "old cat", "old cat"] * 40))
     assert sum(len(call["input_ids"]) for call in calls) == 4
+
+
+def test_from_a_start_on_the_model_is_asked_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are made of all texts, or near ties would fall otherwise; nothing is asked that nobody needs."""
+    monkeypatch.setattr(augmentation, "_CHUNK", 3)
+    texts = [f"old cat {word} house" for word in ENGLISH.split()[:12]]
+    texts[7] = texts[0]
+    made, pairs = augmenter(variants=2, batch_size=4), [*texts[6:], *texts[:6]]
+    calls = recorded(made)
+    whole = list(made.augment(texts, pairs))
+    asked = [call["input_ids"].tolist() for call in calls]
+    assert len({str(batch) for batch in asked}) == len(asked)  # each text once
+    for start in (1, 5, 9, 12):
+        del calls[:]
+        rest = list(made.augment(texts, pairs, start=start))
+        assert rest == [row for row in whole if row.origin >= start]
+        again = [call["input_ids"].tolist() for call in calls]
+        assert all(batch in asked for batch in again) and len(again) <= len(asked) and bool(again) == (start < 12)
+    lazy = made.augment(texts)
+    del calls[:]
+    next(lazy)
+    assert 0 < len(calls) <= 3  # one chunk of the four
+
+
+class Fuse:
+    """A value of a row that stops the writing of it, as Ctrl-C does, until it is mended."""
+
+    blown = True
+
+    def __repr__(self) -> str:
+        return "Fuse"
+
+    def __str__(self) -> str:
+        if Fuse.blown:
+            raise KeyboardInterrupt
+        return "mended"
+
+
+def test_an_interrupted_file_goes_on_to_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_encoder("bert").save_pretrained(tmp_path / "bert")
+    bert_tokenizer().save_pretrained(tmp_path / "bert")
+    names = ENGLISH.split()
+    rows = [{"text": f"{a} {b} cat", "other": f"old {b} {a}", "label": i % 2, "score": 0.1 * i, "n": None}
+            for i, (a, b) in enumerate(zip(names * 4, names[::-1] * 4, strict=True))]  # fmt: skip
+    for i, row in enumerate(rows):
+        row["text"] += f" {names[i % 7]}"
+    rows[70]["n"] = Fuse()
+    call: dict[str, Any] = dict(text_column="text", pair_column="other", variants=2, device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        augment_file(tmp_path / "bert", rows, tmp_path / "cut.jsonl", **call)
+    (partial,) = tmp_path.glob("cut.jsonl.*.partial")
+    assert len(partial.read_text().splitlines()) == 70 and not (tmp_path / "cut.jsonl").exists()
+    with partial.open("a") as file:
+        file.write('[{"text": "old c')  # a kill in the middle of a line
+    with pytest.raises(KeyboardInterrupt):  # another setting begins anew, and leaves this one alone
+        augment_file(tmp_path / "bert", rows, tmp_path / "cut.jsonl", **call, seed=29)
+    other = next(path for path in tmp_path.glob("cut.jsonl.*.partial") if path != partial)
+    Fuse.blown = False
+    capsys.readouterr()
+    counts = augment_file(tmp_path / "bert", rows, tmp_path / "cut.jsonl", **call)
+    assert f"70 of {len(rows)} rows are done, in {partial}; going on" in capsys.readouterr().err
+    assert augment_file(tmp_path / "bert", rows, tmp_path / "whole.jsonl", **call) == counts
+    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    found = [json.loads(line) for line in (tmp_path / "cut.jsonl").read_text().splitlines()]
+    assert counts == {"rows": len(rows), "written": len(found)} and len(found) > 2 * len(rows)
+    assert sum(row["n"] == "mended" for row in found) > 1
+    assert list(tmp_path.glob("*.partial")) == [other]
+    other.rename(tmp_path / other.name.replace("cut", "new")).write_text("[1\n")
+    with pytest.raises(ValueError, match=r"partial line 1: damaged; delete the file to write it anew"):
+        augment_file(tmp_path / "bert", rows, tmp_path / "new.jsonl", **call, seed=29)
 
 
 def test_dropout_is_off_and_the_mode_comes_back() -> None:
     """TinyBERT's scripts left their teacher in training mode."""
     made = augmenter(variants=4, top_k=40)
-    expected = made.augment(TEXTS)
+    expected = list(made.augment(TEXTS))
     for module in made.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.9
     made.model.train()
     state = torch.get_rng_state()
-    assert made.augment(TEXTS) == expected
+    assert list(made.augment(TEXTS)) == expected
     assert made.model.training and torch.equal(torch.get_rng_state(), state)
     made.model.get_output_embeddings().forward = None  # breaks the call
     with pytest.raises(TypeError):
-        made.augment(TEXTS)
+        list(made.augment(TEXTS))
     assert made.model.training and not made.model.get_output_embeddings()._forward_pre_hooks
 
 
@@ -621,7 +695,7 @@ def test_wrong_texts() -> None:
         ((["cat", "dog"], ["cat"]), "2 texts but 1 pairs; expected one each"),
     ):
         with pytest.raises(ValueError, match=words):
-            made.augment(*given_)
+            made.augment(*given_)  # at once, nothing asked for
 
 
 def test_models_that_cannot_fill_a_mask_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ depend on the rows before it.
 Shape suffixes: B masked words, L tokens, V vocabulary.
 """
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
@@ -91,42 +92,53 @@ class Augmenter:
         self._frame = _Frame(fill_mask_model, tokenizer, max_length)
 
     def augment(
-        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, progress: bool = True
-    ) -> list[AugmentedRow]:
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, start: int = 0, progress: bool = True
+    ) -> Iterator[AugmentedRow]:
         """Each original, followed by its variants: new texts that differ from it and from each other.
 
         With `pairs`, the second texts, variants of the first text come with the original second one and the other way
         round. A text's variants depend on the seed, the text, the model and the settings, not on other rows, nor on
-        `batch_size` (but for rounding, where two words tie for the K-th place). Raises `ValueError` for what is not a
-        list of strings, and for lists of different lengths.
+        `batch_size` (but for rounding, where two words tie for the K-th place). Rows are made as they are asked for;
+        from the original at index `start` on they are, to the bit, those of all texts: which ones the model sees
+        together follows from all of them. Raises `ValueError` at once for what is not a list of strings, and for lists
+        of different lengths.
         """
         _check_texts("texts", texts)
         if pairs is not None:
             _check_texts("pairs", pairs)
             if len(pairs) != len(texts):
                 raise ValueError(f"{len(texts)} texts but {len(pairs)} pairs; expected one each")
-        variants_of = self._variants([*texts, *(pairs or ())], progress)
-        rows = []
-        for origin, text in enumerate(texts):
-            pair = None if pairs is None else pairs[origin]
-            rows.append(AugmentedRow(text, pair, origin))
-            rows += [AugmentedRow(variant, pair, origin) for variant in variants_of[text]]
-            if pair is not None:
-                rows += [AugmentedRow(text, variant, origin) for variant in variants_of[pair]]
-        return rows
+        columns = (texts,) if pairs is None else (texts, pairs)
+        return self._rows(list(zip(*columns, strict=True)), start, progress)
 
-    def _variants(self, texts: Sequence[str], progress: bool) -> dict[str, list[str]]:
-        unique = list(dict.fromkeys(texts))
+    def _rows(self, originals: Sequence[tuple[str, ...]], start: int, progress: bool) -> Iterator[AugmentedRow]:
+        unique = list(dict.fromkeys(text for original in originals for text in original))
+        place = {text: i for i, text in enumerate(unique)}
+        left = Counter(text for original in originals[start:] for text in original)  # how often each is still needed
+        variants_of: dict[str, list[str]] = {}
+        with progress_bar(len(left), "augmentation", unit="text", enabled=progress) as bar:
+            for origin, original in enumerate(originals[start:], start):
+                for text in original:
+                    if text not in variants_of:
+                        first = place[text] // _CHUNK * _CHUNK
+                        chunk = unique[first : first + _CHUNK]
+                        found = {text: variants for text, variants in self._variants(chunk) if left[text]}
+                        variants_of |= found
+                        bar.update(len(found))
+                first_text, *second = original
+                pair = second[0] if second else None
+                yield AugmentedRow(first_text, pair, origin)
+                yield from (AugmentedRow(variant, pair, origin) for variant in variants_of[first_text])
+                if pair is not None:
+                    yield from (AugmentedRow(first_text, variant, origin) for variant in variants_of[pair])
+                left.subtract(original)
+                for text in {text for text in original if not left[text]}:
+                    del variants_of[text]
+
+    def _variants(self, texts: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         if not self.variants or not self.probability:
-            return {text: [] for text in unique}
-        variants_of = {}
-        with progress_bar(len(unique), "augmentation", unit="text", enabled=progress) as bar:
-            for start in range(0, len(unique), _CHUNK):
-                chunk = unique[start : start + _CHUNK]
-                for text, words in zip(chunk, self.candidates(chunk), strict=True):
-                    variants_of[text] = self._draw(text, words)
-                    bar.update()
-        return variants_of
+            return ((text, []) for text in texts)
+        return ((text, self._draw(text, words)) for text, words in zip(texts, self.candidates(texts), strict=True))
 
     def _draw(self, text: str, words: Sequence[Candidates]) -> list[str]:
         random = Random(f"{self.seed} {text}")  # the same in every process, unlike hash()

@@ -50,7 +50,7 @@ def write_targets(
         "source_prefix": source_prefix,
         "languages": [getattr(tokenizer, "src_lang", None), getattr(tokenizer, "tgt_lang", None)],
     }  # fmt: skip
-    key = _fingerprint(teacher, tokenizer, sources, settings | inputs)
+    key = fingerprint(teacher, tokenizer, sources, settings | inputs)
     path = Path(cache_dir) / f"targets-{key}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     targets: list[str | None] = [None] * len(sources)
@@ -93,7 +93,8 @@ def _read_cache(path: Path, targets: list[str | None]) -> frozenset[int]:
     return frozenset(done)
 
 
-def _fingerprint(teacher: Any, tokenizer: Any, sources: Sequence[str], settings: Settings) -> str:
+def fingerprint(teacher: Any, tokenizer: Any, sources: Sequence[Any], settings: Settings) -> str:
+    """A hash of a model's weights, its vocabulary, the data and all settings, for the name of what they give."""
     import torch
 
     config = {k: v for k, v in teacher.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
