@@ -23,6 +23,17 @@ CLASSES = {
     "sentences": "AutoModel",
     "s2s": "AutoModelForMaskedLM",
 }
+# What a class is for, by what its name has behind the family's: "ForMaskedLM" of BertForMaskedLM.
+_WRITERS = {"ForConditionalGeneration": "seq2seq", "Model": "seq2seq"}  # BartModel: its head is its vocabulary matrix
+_ENCODERS = {
+    "Model": "text",
+    "ForMaskedLM": "text",
+    "ForPreTraining": "text",
+    "ForSequenceClassification": "classification",
+    "ForQuestionAnswering": "questions",
+}
+_WRITING = ("bart", "mbart")
+_HEADS = ("classifier", "classification_head", "qa_outputs")  # how transformers names what such a class adds
 
 
 def load_teacher(
@@ -31,8 +42,8 @@ def load_teacher(
     """`(model in eval mode, tokenizer, task)` from a path, a hub id or objects; `role`: what an error calls it.
 
     A head that the checkpoint lacks is made at random, from `seed`. Raises `ValueError` for an architecture that can't
-    be compressed, a packed model, a device that isn't there or a model object without tokenizer, `FileNotFoundError`
-    for a folder without a checkpoint.
+    be compressed, a class whose head would be lost, a packed model, a device that isn't there or a model object without
+    tokenizer, `FileNotFoundError` for a folder without a checkpoint.
     """
     from transformers import AutoTokenizer
 
@@ -45,7 +56,7 @@ def load_teacher(
     else:
         model = teacher
         _check_config(getattr(model, "config", None), type(model).__name__)
-        task = task or _task_of(type(model).__name__, model.config)
+        task = _task_of_object(model, task)
         model = copy.deepcopy(model).float()  # the user's own stays as it is
         model.config.architectures = [type(model).__name__]  # not what the checkpoint was that it began as
     if isinstance(tokenizer, str | Path):
@@ -84,18 +95,24 @@ def _from_pretrained(name: str | Path, task: str | None, seed: int, role: str = 
             f"{role} {str(name)!r}: neither a folder here nor loadable from the hub ({_first_line(error)})"
         ) from None
     _check_config(config, str(name), role)
-    architecture = (config.architectures or [""])[0]
-    if task is None:
-        task = task_of_run(name)
-    if task is None:
-        task = "sentences" if sentence_folder(name) is not None else _task_of(architecture, config)
-    words = architecture.endswith(("ForMaskedLM", "ForPreTraining"))
+    told, task = task is not None, task_of(name, config, task, role)
+    words = _architecture(config).endswith(("ForMaskedLM", "ForPreTraining"))
     kind = "AutoModel" if task == "text" and not words else CLASSES[task]  # no head to make up where none is used
     torch.manual_seed(seed)
     try:
-        return share_again(getattr(transformers, kind).from_pretrained(name, dtype=torch.float32)), task
+        model, found = getattr(transformers, kind).from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except OSError as error:
         raise FileNotFoundError(f"{role} {str(name)!r}: {_first_line(error)}") from None
+    if found["missing_keys"] and config.model_type in _WRITING:  # all of which it would be trained to imitate
+        missing = min(found["missing_keys"])
+        raise ValueError(f"{role} {str(name)!r}: its file has no {missing}; expected all of a {type(model).__name__}")
+    lost = [key for key in sorted(found["unexpected_keys"]) if key.partition(".")[0] in _HEADS]
+    if lost and not told:
+        raise ValueError(
+            f"{role} {str(name)!r}: {type(model).__name__} has no place for {lost[0]} and others in its file; name the "
+            'class that it was in "architectures" of config.json, or say with --task what it is for'
+        )
+    return share_again(model), task
 
 
 def task_of_run(folder: Any) -> str | None:
@@ -104,12 +121,55 @@ def task_of_run(folder: Any) -> str | None:
     return Recipe.from_yaml(file).task if file is not None and file.is_file() else None
 
 
-def _task_of(architecture: str, config: Any) -> str:
-    if config.is_encoder_decoder:
-        return "seq2seq"
-    if architecture.endswith("ForSequenceClassification"):
-        return "regression" if config.num_labels == 1 else "classification"
-    return "questions" if architecture.endswith("ForQuestionAnswering") else "text"
+def task_of(name: Any, config: Any, task: str | None = None, role: str = "teacher") -> str:
+    """What a checkpoint is for: what is asked, else what the run of ours that left it, modules.json or its class says.
+
+    Raises `ValueError` for a class whose head would be lost unasked, or of an encoder-decoder that writes nothing.
+    """
+    known = task or task_of_run(name) or ("sentences" if sentence_folder(name) is not None else None)
+    if known is not None and config.model_type not in _WRITING:
+        return known  # its encoder is all that is needed
+    own = _task_of_class(_architecture(config), config, f"{role} {str(name)!r}")
+    return known or own
+
+
+def _architecture(config: Any) -> str:
+    return str((config.architectures or [""])[0])
+
+
+def _task_of_class(architecture: str, config: Any, who: str) -> str:
+    import transformers
+
+    family = type(config).__name__.removesuffix("Config")
+    writes = config.model_type in _WRITING
+    tasks = _WRITERS if writes else _ENCODERS
+    task = tasks.get(architecture.removeprefix(family) or "Model")
+    if task is None:
+        way_out = (
+            "for classes or answers give an encoder, such as RobertaForSequenceClassification"
+            if writes
+            else "--task text goes on with its encoder alone, another --task with a head for that"
+        )
+        known = ", ".join(family + head for head in tasks if hasattr(transformers, family + head))
+        raise ValueError(f"{who}: the head of {architecture} would be lost; expected one of {known}; {way_out}")
+    return "regression" if task == "classification" and config.num_labels == 1 else task
+
+
+def _task_of_object(model: Any, task: str | None) -> str:
+    """As `task_of`; an object stays what it is, so that has to be the task's own class."""
+    import transformers
+
+    name, family = type(model).__name__, type(model.config).__name__.removesuffix("Config")
+    task = task or _task_of_class(name, model.config, "teacher")
+    heads = {"seq2seq": "ForConditionalGeneration", "questions": "ForQuestionAnswering", "sentences": "Model"}
+    masks = task in ("text", "s2s")
+    expected = family + ("ForMaskedLM" if masks else heads.get(task, "ForSequenceClassification"))
+    if name != expected and not (task == "text" and hasattr(transformers, name)):
+        raise ValueError(
+            f"teacher: task {task!r} of a {name} object; expected a {expected}, as transformers.{CLASSES[task]} gives, "
+            "or the checkpoint's name"
+        )
+    return task
 
 
 def choose_device(device: str | None) -> str:
