@@ -96,6 +96,7 @@ def compress(
     say(f"teacher {teacher if isinstance(teacher, str | Path) else type(teacher).__name__}")
     from dqbart.data.batches import model_inputs, tokenizer_for
     from dqbart.distill.objective import open_objective
+    from dqbart.packed.checkpoint import check_generation_config
     from dqbart.packed.gate import check_in_fresh_process
     from dqbart.student.depth import stack_maps
     from dqbart.tasks import elastic, open_task
@@ -111,6 +112,8 @@ def compress(
     assert recipe.layers is not None
     maps = stack_maps(model.config, recipe.layers, recipe.layer_map)
     small = _student(model, start, recipe)
+    task.settle(small, model)
+    check_generation_config(small)  # now, not after the training
     stages = [(stage, open_objective(stage, maps, small, model, task.pooling)) for stage in recipe.stages()]
     measured: Any = elastic.importance_examples(task, train, dev) if recipe.elastic else None
     whole = model_fingerprint(model, tokenizer)
@@ -133,7 +136,6 @@ def compress(
             if not _distil(model, small, task, train, dev, stages, run, device):
                 return Result(output, {})  # another process of the same run does the rest
     with run.timed("packing"):
-        task.settle(small, model)
         staged = pack(small, tokenizer_for(small, tokenizer), recipe, run.work / "packed")
         task.complete(staged)
         if recipe.elastic and recipe.bits.quantized:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dqbart.packed.sentence import sentence_folder
+from dqbart.packed.verify import read_generation_config
 from dqbart.quant.layers import SUPPORTED
 from dqbart.quant.narrow import FIELD
 from dqbart.quant.sharing import share_again
@@ -96,6 +97,8 @@ def _from_pretrained(name: str | Path, task: str | None, seed: int, role: str = 
         ) from None
     _check_config(config, str(name), role)
     told, task = task is not None, task_of(name, config, task, role)
+    if config.model_type in _WRITING and Path(name).is_dir():
+        read_generation_config(Path(name), config.vocab_size)  # it is the student's, too: wrong values are said now
     words = _architecture(config).endswith(("ForMaskedLM", "ForPreTraining"))
     kind = "AutoModel" if task == "text" and not words else CLASSES[task]  # no head to make up where none is used
     torch.manual_seed(seed)

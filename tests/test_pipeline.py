@@ -1,12 +1,15 @@
 """The whole road on a tiny model: train, resume, pack, gate, score, reload; and everything that must be refused."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +117,53 @@ def test_interrupted_command_resumes_to_the_same_weights(
     assert found["output"] == str(tmp_path / "b") and found["seconds"]["training"] > before > 0  # of both attempts
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"eos_token_id": [2, -1]}, r"eos_token_id \[2, -1\]: not a value that generate takes"),
+        ({"num_beams": 4.0}, "num_beams 4.0: not a value"), ({"max_length": 10**30}, "max_length 10+: not a value"),
+        ({"forced_bos_token_id": 250004}, "forced_bos_token_id 250004: not a value"),
+        ({"max_new_tokens": "5"}, "max_new_tokens '5': not a value"),
+        ({"output_scores": True}, "output_scores.*correct it in the teacher's, or under generation in --config"),
+    ],
+)  # fmt: skip
+def test_settings_that_no_folder_could_have_are_refused_before_training(
+    settings: dict[str, Any], words: str, teacher_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    teacher = Path(shutil.copytree(teacher_folder, tmp_path / "teacher"))
+    file = teacher / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(ValueError, match=words) as error:
+        dqbart.compress(teacher, pairs_file, recipe=RECIPE, output=tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out.training").exists()
+
+
+def test_a_first_token_that_the_recipe_makes_up_is_refused_before_training(
+    teacher_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(RECIPE, generation={"forced_bos_token_id": 5000})
+    with pytest.raises(ValueError, match=r"^generation_config.json: forced_bos_token_id 5000: not .*in --config$"):
+        dqbart.compress(teacher_folder, pairs_file, recipe=recipe, output=tmp_path / "out")
+    assert not (tmp_path / "out.training").exists()
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_sampling_settings_of_old_are_left_out(file: str, teacher_folder: Path, tmp_path: Path, capfd) -> None:
+    """Checkpoints have them beside do_sample false, or in config.json, and transformers refuses to save that again."""
+    teacher = Path(shutil.copytree(teacher_folder, tmp_path / "teacher"))
+    if file == "config.json":
+        (teacher / "generation_config.json").unlink()
+    values = json.loads((teacher / file).read_text()) | {"temperature": 0.7, "top_k": 0, "top_p": 0.9}
+    (teacher / file).write_text(json.dumps(values))
+    dqbart.compress(teacher, recipe=dqbart.Recipe(bits="8-8-8", epochs=0), output=tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert not {"temperature", "top_k", "top_p"} & found.keys()
+    assert "not sampling: temperature 0.7, top_k 0, top_p 0.9 left out of the settings" in capfd.readouterr().err
+    recipe = dqbart.Recipe(bits="8-8-8", epochs=0, generation={"do_sample": True})
+    dqbart.compress(teacher, recipe=recipe, output=tmp_path / "sampling")
+    assert json.loads((tmp_path / "sampling" / "generation_config.json").read_text())["temperature"] == 0.7
 
 
 def test_teacher_writes_missing_targets(teacher_folder: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from dqbart.packed.skeleton import round_floats_, spec_of, stored_tensors, swap_
 from dqbart.packed.spec import PackedSpec
 from dqbart.packed.verify import build_skeleton, model_class, read_config, read_generation_config, read_spec
 
-__all__ = ["load_packed", "round_floats_", "save_packed", "size_table"]
+__all__ = ["check_generation_config", "load_packed", "round_floats_", "save_packed", "size_table"]
 
 
 def save_packed(
@@ -89,6 +90,19 @@ def load_packed(folder: str | Path, device: Any = None, dtype: torch.dtype = tor
     hook.install()
     model = model_class(folder, config).from_pretrained(str(folder), dtype=dtype, local_files_only=True)
     return model if device is None else model.to(device)
+
+
+def check_generation_config(model: Any) -> None:
+    """Raises `ValueError`, one line, for generation settings that `save_packed` or `load_packed` will refuse."""
+    if not model.can_generate():
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            model.generation_config.save_pretrained(scratch)
+            read_generation_config(Path(scratch), model.config.vocab_size)
+        except ValueError as error:
+            reason = " ".join(str(error).replace(scratch + os.sep, "").split())
+            raise ValueError(f"{reason}; correct it in the teacher's, or under generation in --config") from None
 
 
 def size_table(folder: str | Path) -> list[tuple[str, int]]:

@@ -96,7 +96,7 @@ class Task:
         return probe_inputs(model, self.tokenizer, [], 0)
 
     def settle(self, student: Any, teacher: Any) -> None:
-        """Write what is left into the student's configuration before it is packed."""
+        """Write what is left into the student's configuration before it is trained."""
 
     def complete(self, folder: Path) -> None:
         """Add what the folder of a student needs beside its model."""

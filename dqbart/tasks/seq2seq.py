@@ -1,10 +1,12 @@
 """Text in, text out, with an encoder-decoder: summaries, translations, whatever pairs say."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from dqbart.data.batches import Collator, encode_pairs, set_languages
 from dqbart.data.columns import Examples
+from dqbart.data.decoding import SAMPLING_SETTINGS
 from dqbart.data.pseudo import write_targets
 from dqbart.data.splits import read_split
 from dqbart.evaluation.generate import effective_generation, write_outputs
@@ -70,4 +72,10 @@ class SequenceToSequence(Task):
             teacher, self.recipe.generation, tokenizer=self.tokenizer, target_lang=self.recipe.target_lang,
             max_target_length=self.recipe.max_target_length,
         )  # fmt: skip
-        student.generation_config.update(**settings)
+        nothing = dict.fromkeys(SAMPLING_SETTINGS)  # where nothing is sampled transformers refuses to save any of them
+        before = student.generation_config.to_dict() | settings
+        student.generation_config.update(**nothing | settings)
+        unread = sorted(SAMPLING_SETTINGS - settings.keys())
+        useless = [f"{name} {before[name]}" for name in unread if before.get(name) is not None]
+        if useless:
+            print(f"not sampling: {', '.join(useless)} left out of the settings", file=sys.stderr, flush=True)
