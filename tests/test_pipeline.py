@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import token_batch
 
 import dqbart
 from dqbart.packed.gate import GateError, check_in_fresh_process, probe_inputs
@@ -198,6 +199,27 @@ def test_the_gate_sees_a_wrong_model(teacher_folder: Path, tmp_path: Path) -> No
     inputs = probe_inputs(teacher, AutoTokenizer.from_pretrained(teacher_folder), ["the cat"], 16)
     with pytest.raises(GateError, match=r"differ from the student's by .* \(allowed 1e-04\)"):
         check_in_fresh_process(teacher, tmp_path / "out", inputs)
+
+
+def test_the_gate_imports_nothing_of_the_users_folder(
+    bart: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("secrets", "types", "datasets", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the user')")
+    shutil.copytree(bart[1], tmp_path / "small")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])  # as in a notebook
+    assert check_in_fresh_process(bart[0], Path("small"), token_batch([5, 3]))["greedy_ids_equal"]
+
+
+def test_the_gate_imports_from_where_this_process_does(
+    bart: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("raise SystemExit('taken from there')")  # imported at every start
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with pytest.raises(GateError, match="taken from there"):
+        check_in_fresh_process(bart[0], bart[1], token_batch([5, 3]))
 
 
 def test_full_disk_leaves_nothing(teacher_folder: Path, tmp_path: Path) -> None:

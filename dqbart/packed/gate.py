@@ -7,6 +7,7 @@ for the student's ids to RESULT. A separate process, because the one that traine
 registrations that a user's will not have.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -71,8 +72,11 @@ def check_in_fresh_process(student: Any, folder: Path, inputs: dict[str, Tensor]
         probe, result = Path(scratch) / "probe.safetensors", Path(scratch) / "result.safetensors"
         ids = {"decoder_ids": expected["ids"].contiguous()} if "ids" in expected else {}
         save_file(inputs | ids, probe)
-        command = [sys.executable, "-m", "dqbart.packed.gate", str(folder), str(probe), str(result)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        # Modules come from where they come from here, and none from a secrets.py or datasets.py in the user's folder.
+        paths = [*map(os.path.abspath, filter(None, sys.path)), str(Path(__file__).parents[2])]
+        command = [sys.executable, "-P", "-m", "dqbart.packed.gate", *map(os.path.abspath, (folder, probe, result))]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise GateError(f"{folder}: a fresh process can't run the packed model: {last}")
