@@ -83,12 +83,12 @@ class Run:
 
     def finish(self, staged: Path, report: dict[str, Any]) -> None:
         """Put report.json into the staged folder, move it into place, and drop what is only for resuming."""
+        from dqbart.packed.checkpoint import put_in_place
+
         report["run"] = self.identity
         _write(staged / "report.json", report)
-        if self.output.exists():
-            _check_ours(self.output)  # as `open` did, hours ago
-            shutil.rmtree(self.output)
-        os.replace(staged, self.output)
+        _check_ours(self.output)  # as `open` did, hours ago
+        put_in_place(staged, self.output, self.work / "replaced")
         _write(self.work / "run.json", self.identity | {FINISHED: True})
         for checkpoints in (self.work / "checkpoints", *self.work.glob("stage-*/checkpoints")):
             shutil.rmtree(checkpoints, ignore_errors=True)

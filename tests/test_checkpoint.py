@@ -289,6 +289,26 @@ def test_a_full_disk_leaves_nothing_half_written(
     assert [p.name for p in folder.parent.iterdir()] == (["small"] if exists else [])
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["before the new one", "after it"])
+def test_ctrl_c_between_the_renames_leaves_one_whole_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    replace, old = os.replace, {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def stopped(source: Any, target: Any) -> None:
+        if not (before and str(source).endswith(".partial")):
+            replace(source, target)
+        if str(source).endswith(".partial"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        save_packed(student("bart", "8-8-8"), folder, overwrite=True)
+    assert [p.name for p in folder.parent.iterdir()] == ["small"]
+    assert ({p.name: p.read_bytes() for p in folder.iterdir()} == old) is before
+    verify(folder)
+
+
 def test_a_real_write_error_is_reported(tmp_path: Path) -> None:
     """The operating system's own refusal: files may have 20 kB at most."""
     resource = pytest.importorskip("resource")

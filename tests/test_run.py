@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,50 @@ def test_overwriting_goes_on_and_the_old_folder_stays_until_there_is_a_new_one(t
     replaced(other)
     assert (output / "model").read_text() == "new"
     assert json.loads((output / "report.json").read_text())["run"]["teacher"] == "b"
+
+
+def stop_at(output: Path, when: str, how: Any) -> Any:
+    """`os.replace` that ends in `how()` before or after one of the two renames of `Run.finish`."""
+    replace = os.replace
+
+    def stopping(source: Any, target: Any) -> None:
+        which = {output: "old", output.with_name("out.training") / "packed": "new"}.get(Path(source))
+        if when == f"{which}, before":
+            how()
+        replace(source, target)
+        if when == f"{which}, after":
+            how()
+
+    return stopping
+
+
+@pytest.mark.parametrize("when", ["old, after", "new, before", "new, after"])
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_stopped_in_its_last_moment_loses_nothing(
+    tmp_path: Path, when: str, killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, new = tmp_path / "out", IDENTITY | {"teacher": "b"}
+    finished(output)
+    run = Run.open(output, new, overwrite=True)
+    if killed:
+        child = os.fork()
+        if not child:
+            os.replace = stop_at(output, when, lambda: os._exit(9))
+            replaced(run)
+        assert os.waitpid(child, 0)[1] == 9 << 8
+    else:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", stop_at(output, when, lambda: signal.raise_signal(signal.SIGINT)))
+            replaced(run)
+        assert (output / "model").read_text() in ("old", "new") and (output / "report.json").exists()
+    shutil.rmtree(run.work / "packed", ignore_errors=True)  # as pack does
+    for overwrite in (when != "new, after", False):
+        again = Run.open(output, new, overwrite)
+        if again.finished is None:
+            replaced(again)
+    assert (output / "model").read_text() == "new" and Run.open(output, new, False).finished is not None
+    if when != "new, after":
+        assert os.listdir(tmp_path) == ["out"]
 
 
 def test_what_a_finished_run_left_is_no_beginning(tmp_path: Path) -> None:

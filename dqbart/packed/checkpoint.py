@@ -25,7 +25,7 @@ from dqbart.packed.skeleton import round_floats_, spec_of, stored_tensors, swap_
 from dqbart.packed.spec import PackedSpec
 from dqbart.packed.verify import build_skeleton, model_class, read_config, read_generation_config, read_spec
 
-__all__ = ["check_generation_config", "load_packed", "round_floats_", "save_packed", "size_table"]
+__all__ = ["check_generation_config", "load_packed", "put_in_place", "round_floats_", "save_packed", "size_table"]
 
 
 def save_packed(
@@ -192,19 +192,11 @@ def _require_replaceable(folder: Path, overwrite: bool) -> None:
 def _written_aside(folder: Path) -> Iterator[Path]:
     """A hidden sibling to write into, renamed to `folder` at the end or removed on any failure."""
     aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    replaced = aside.with_suffix(".replaced")
     try:
         aside.mkdir(parents=True)
         yield aside
         _flush(aside)
-        if folder.exists() and any(folder.iterdir()):
-            os.replace(folder, replaced)
-        try:
-            os.replace(aside, folder)
-        except OSError:
-            if replaced.exists():
-                os.replace(replaced, folder)
-            raise
+        put_in_place(aside, folder, aside.with_suffix(".replaced"))
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
         failure = OSError(f"{folder}: could not be written ({reason}); nothing was changed, mend that and try again")
@@ -212,8 +204,21 @@ def _written_aside(folder: Path) -> Iterator[Path]:
         raise failure from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def put_in_place(staged: Path, folder: Path, replaced: Path) -> None:
+    """Rename `staged` to `folder`. What was there waits under the name `replaced`: deleted once the new folder stands,
+    put back if it doesn't. Raises `OSError`.
+    """
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed
+            os.replace(folder, replaced)
+        os.replace(staged, folder)
+    finally:  # after Ctrl-C, too
+        if not folder.exists() and replaced.exists():
+            os.replace(replaced, folder)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:
