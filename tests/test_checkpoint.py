@@ -255,6 +255,17 @@ def test_overwriting_replaces_the_folder(folder: Path) -> None:
     assert [p.name for p in folder.parent.iterdir()] == ["small"]
 
 
+def test_a_link_is_written_where_it_points(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    link, empty = tmp_path / "links" / "link", tmp_path / "links" / "to nothing"
+    link.symlink_to(folder)
+    empty.symlink_to(tmp_path / "new")
+    model = student("bart", "8-8-8")
+    assert save_packed(model, link, overwrite=True) == folder and save_packed(model, empty) == tmp_path / "new"
+    assert link.is_symlink() and torch.equal(logits(load_packed(folder)), logits(load_packed(empty)))
+    assert len(list(link.parent.iterdir())) == 2 and len(list(tmp_path.iterdir())) == 3
+
+
 def no_space(*arguments: Any, **options: Any) -> None:
     raise OSError(28, "No space left on device")
 

@@ -49,7 +49,7 @@ def save_packed(
     `overwrite` replaces a packed folder as a whole, and nothing else.
     Raises `FileExistsError` for a folder in use, `ValueError` for a model that doesn't fit, `OSError` for the disk.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))  # what a link points to is what is replaced
     _require_replaceable(folder, overwrite)
     spec, skeleton = _spec_and_skeleton(model, storage, float_dtype, matrix_dtype)
     tensors = stored_tensors(model, skeleton, spec)
