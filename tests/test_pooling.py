@@ -121,6 +121,8 @@ def test_writing_needs_a_checkpoint(tmp_path: Path) -> None:
         ({"modules": ["Transformer"]}, "expected a list of modules, each with a type and a path"),
         ({"modules": "[{"}, r"modules\.json: not valid JSON"),
         ({"modules": steps(*KINDS, root="0_Transformer")}, "the encoder is in '0_Transformer': expected it in the fol"),
+        *(({"modules": [*steps(KINDS[0]), {"type": KINDS[1], "path": path}]}, f"pooling in {path!r}: expected a folder")
+          for path in ("", ".", "..", "/", "../m/1_Pooling", "1_Pooling/")),
         ({"pooling": {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}},
          "pooling mean and cls: expected one of mean, cls, max"),
         ({"pooling": {"pooling_mode": ["mean", "max"]}}, "pooling mean and max: expected"),

@@ -132,7 +132,7 @@ def read_pooling(folder: str | Path) -> Pooling | None:
             f"{file}: the encoder is in {steps[0]['path']!r}: expected it in the folder itself; "
             "load the model with sentence-transformers and save it again"
         )
-    if Path(steps[1]["path"]).name != steps[1]["path"]:
+    if steps[1]["path"] in ("", "..") or Path(steps[1]["path"]).name != steps[1]["path"]:
         raise ValueError(f"{file}: pooling in {steps[1]['path']!r}: expected a folder in this one")
     mode = _read_mode(folder / steps[1]["path"] / "config.json")
     limits, settings = (_read(f, dict) if f.is_file() else {} for f in (folder / _LIMITS, folder / _SETTINGS))
