@@ -254,7 +254,7 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_info(args: argparse.Namespace) -> dict[str, Any]:
     from dqbart.packed.checkpoint import size_table
-    from dqbart.packed.verify import read_config, read_spec
+    from dqbart.packed.verify import model_class, read_config, read_spec
 
     folder = Path(args.model)
     config = read_config(folder)
@@ -264,7 +264,7 @@ def run_info(args: argparse.Namespace) -> dict[str, Any]:
         label = f"{module.bits}-bit {module.scheme} {module.kind}{' (tied)' if module.tied_to else ''}"
         kinds[label] = kinds.get(label, 0) + 1
     groups = dict(size_table(folder))
-    print(f"{config['architectures'][0]}, numerics {spec.numerics}, activations {spec.activation_bits} bits")
+    print(f"{model_class(folder, config).__name__}, numerics {spec.numerics}, activations {spec.activation_bits} bits")
     for label, count in sorted(kinds.items()):
         print(f"  {count:4d} x {label}")
     for group, count in groups.items():

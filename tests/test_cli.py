@@ -1,6 +1,7 @@
 """The command line as a user meets it: flags, files, exit codes, the last line, and one-line errors."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -194,9 +195,18 @@ def test_unsuitable_teachers(tmp_path: Path, packed: Path, capsys) -> None:
         assert words in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_damaged_folders(packed: Path, tmp_path: Path, capsys) -> None:
-    import shutil
+@pytest.mark.parametrize("names", ["absent", None, [], ["os.system"]])
+def test_info_of_a_folder_without_a_class(names: object, packed: Path, tmp_path: Path, capsys) -> None:
+    folder = Path(shutil.copytree(packed, tmp_path / "small"))
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": names}
+    if names == "absent":
+        del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["info", str(folder)]) == 2
+    assert "architectures" in capsys.readouterr().err.splitlines()[-1]
 
+
+def test_damaged_folders(packed: Path, tmp_path: Path, capsys) -> None:
     weights = (packed / "model.safetensors").read_bytes()
     flipped = bytearray(weights)
     flipped[-3000] ^= 1
