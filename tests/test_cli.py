@@ -206,6 +206,17 @@ def test_info_of_a_folder_without_a_class(names: object, packed: Path, tmp_path:
     assert "architectures" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_packed_folder_without_its_recipe(packed: Path, pairs_file: Path, tmp_path: Path, capsys) -> None:
+    """save_pretrained, and save_packed without recipe=, leave such folders."""
+    folder = Path(shutil.copytree(packed, tmp_path / "small"))
+    (folder / "recipe.yaml").unlink()
+    assert main(["generate", str(packed), "--text", "the cat"]) == main(["generate", str(folder), "--text", "the cat"])
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines()[1::2])
+    assert first["outputs"] == second["outputs"]
+    assert main(["eval", str(folder), "--data", str(pairs_file), "--limit", "3", "--task", "text"]) == 2
+    assert "task 'text': a bart model is an encoder-decoder" in capsys.readouterr().err
+
+
 def test_damaged_folders(packed: Path, tmp_path: Path, capsys) -> None:
     weights = (packed / "model.safetensors").read_bytes()
     flipped = bytearray(weights)

@@ -11,25 +11,37 @@ from typing import Any
 from dqbart.data.columns import sample
 from dqbart.evaluation.metrics import Score
 from dqbart.fitting import resolve
+from dqbart.packed.json_file import read_json
 from dqbart.recipe import WRITES, Recipe
 from dqbart.tasks import open_task
-from dqbart.teacher import load_teacher
+from dqbart.teacher import load_teacher, task_of
 
 
 def open_model(folder: str, device: str | None, task: str | None = None) -> tuple[Any, Any, Recipe]:
     """`(model, tokenizer, recipe)`; the recipe of a checkpoint that is not ours is the default one for its task."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from dqbart.engines import load
 
     recipe_file = Path(folder) / "recipe.yaml"
     if not recipe_file.is_file():
+        if _is_packed(Path(folder)):
+            config = AutoConfig.from_pretrained(folder)
+            recipe = resolve(Recipe(task=task_of(folder, config, task, "model")), config)
+            return load(folder, device=device), AutoTokenizer.from_pretrained(folder), recipe
         model, tokenizer, task = load_teacher(folder, None, device, task, role="model")
         return model, tokenizer, resolve(Recipe(task=task, epochs=0), model.config)  # nothing is trained
     recipe = Recipe.from_yaml(recipe_file)
     if task not in (None, recipe.task):
         raise ValueError(f"task {task!r}: {folder} was made for task {recipe.task!r}; leave --task out")
     return load(folder, device=device), AutoTokenizer.from_pretrained(folder), recipe
+
+
+def _is_packed(folder: Path) -> bool:
+    """Whether config.json says so; recipe.yaml is not there where save_pretrained, or save_packed alone, wrote it."""
+    file = folder / "config.json"
+    found = read_json(file, dict).get("quantization_config") if file.is_file() else None
+    return isinstance(found, dict) and found.get("quant_method") == "dqbart"
 
 
 def evaluate(
