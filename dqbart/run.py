@@ -17,7 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two runs apart
+    fcntl = None  # type: ignore[assignment]
+
 SECONDS = "seconds.json"
+LOCK = "dqbart.lock"
 FINISHED = "finished"  # in run.json of a folder that is kept after its run
 
 
@@ -32,7 +38,8 @@ class Run:
 
     @classmethod
     def open(cls, output: Path, identity: dict[str, Any], overwrite: bool) -> "Run":
-        """Start or continue a run. Raises `FileExistsError` if the folder belongs to something else.
+        """Start or continue a run. Raises `FileExistsError` if the folder belongs to something else, or another process
+        is at work there.
 
         With `overwrite` a finished run is done again, and one that was stopped goes on; what is in `output` stays there
         until there is something to put in its place. In a distributed run every process calls this with the same
@@ -50,7 +57,6 @@ class Run:
             _check_ours(output)
             if before != identity:
                 _check_ours(work)
-                shutil.rmtree(work, ignore_errors=True)
         elif _holds_something(output):
             done = _read(output / "report.json")
             difference = _difference(done and done.get("run"), identity)
@@ -62,6 +68,12 @@ class Run:
             if difference:
                 raise FileExistsError(f"{work}: {difference}; choose another --out, or --overwrite to start anew")
         work.mkdir(parents=True, exist_ok=True)
+        _lock(work)
+        for old in work.iterdir() if overwrite and before != identity else ():
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old, ignore_errors=True)
+            elif old.name != LOCK:
+                old.unlink()
         _write(work / "run.json", identity)
         return cls(output, work, identity, None)
 
@@ -92,8 +104,9 @@ class Run:
         _write(self.work / "run.json", self.identity | {FINISHED: True})
         for checkpoints in (self.work / "checkpoints", *self.work.glob("stage-*/checkpoints")):
             shutil.rmtree(checkpoints, ignore_errors=True)
-        if {file.name for file in self.work.iterdir()} <= {"run.json", SECONDS}:
+        if {file.name for file in self.work.iterdir()} <= {"run.json", SECONDS, LOCK}:
             shutil.rmtree(self.work)
+        _unlock(self.work)
 
 
 def model_fingerprint(model: Any, tokenizer: Any = None) -> str:
@@ -151,7 +164,37 @@ def _difference(before: Any, now: dict[str, Any]) -> str:
 
 
 def _holds_something(folder: Path) -> bool:
-    return folder.exists() and any(folder.iterdir())
+    return folder.exists() and any(file.name != LOCK for file in folder.iterdir())
+
+
+_locked: dict[Path, Any] = {}  # lock files by folder, each opened once: closing any other handle would free the lock
+
+
+def _lock(work: Path) -> None:
+    """Raises `FileExistsError` if another process has the folder; else none gets it until this one ends or unlocks.
+
+    A lock of fcntl's kind: it dies with its process, however that ends, where flock's would live on in the data
+    loader's workers.
+    """
+    if fcntl is None:
+        return
+    if work not in _locked or not (work / LOCK).exists():
+        _locked[work] = open(work / LOCK, "w")  # noqa: SIM115
+    try:
+        fcntl.lockf(_locked[work], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        _locked.pop(work).close()
+        raise FileExistsError(
+            f"{work}: another process is at work there; wait for it, stop it, or choose another --out"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def _unlock(work: Path) -> None:
+    if work in _locked:
+        (work / LOCK).unlink(missing_ok=True)
+        _locked.pop(work).close()
 
 
 def _check_ours(folder: Path) -> None:

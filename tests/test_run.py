@@ -1,9 +1,12 @@
 """A run's two folders: what goes on, what is replaced and when, and what is never touched."""
 
+import importlib.util
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +90,56 @@ def test_a_run_stopped_in_its_last_moment_loses_nothing(
     assert (output / "model").read_text() == "new" and Run.open(output, new, False).finished is not None
     if when != "new, after":
         assert os.listdir(tmp_path) == ["out"]
+
+
+AT_WORK = """
+import json, os, sys, time
+from pathlib import Path
+from dqbart.run import Run
+run = Run.open(Path(sys.argv[1]), json.loads(sys.argv[2]), overwrite=False)
+child = os.fork()  # as a data loader's workers are, which notice late that their parent is gone
+if child:
+    (run.work / "checkpoints").mkdir()
+    print(child, flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fcntl") is None, reason="no locks here")
+def test_a_second_process_is_kept_out_until_the_first_one_ends(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = [sys.executable, "-c", AT_WORK, output, json.dumps(IDENTITY)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    worker = int(first.stdout.readline())
+    try:
+        for identity, overwrite in ((IDENTITY, False), (IDENTITY, True), (IDENTITY | {"teacher": "b"}, True)):
+            with pytest.raises(FileExistsError, match="out.training: another process is at work there; wait for it"):
+                Run.open(output, identity, overwrite)
+        assert (tmp_path / "out.training" / "checkpoints").is_dir()
+        first.kill()
+        first.wait()
+        os.kill(worker, 0)  # still there
+        run = Run.open(output, IDENTITY, overwrite=False)
+        assert (run.work / "checkpoints").is_dir()
+    finally:
+        first.kill()
+        os.kill(worker, signal.SIGKILL)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert "another process is at work there" in again.stderr
+    (run.work / "targets").mkdir()
+    replaced(run)
+    assert {file.name for file in run.work.iterdir()} == {"run.json", "targets"}
+    code = "import json, sys; from pathlib import Path; from dqbart.run import Run;"
+    code += "Run.open(Path(sys.argv[1]), json.loads(sys.argv[2]), overwrite=True)"
+    subprocess.run([sys.executable, "-c", code, output, json.dumps(IDENTITY)], check=True)
+
+
+def test_a_run_killed_before_its_first_word_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "out.training").mkdir()
+    (tmp_path / "out.training" / "dqbart.lock").touch()
+    finished(tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_what_a_finished_run_left_is_no_beginning(tmp_path: Path) -> None:
