@@ -43,8 +43,8 @@ def load_teacher(
     """`(model in eval mode, tokenizer, task)` from a path, a hub id or objects; `role`: what an error calls it.
 
     A head that the checkpoint lacks is made at random, from `seed`. Raises `ValueError` for an architecture that can't
-    be compressed, a class whose head would be lost, a packed model, a device that isn't there or a model object without
-    tokenizer, `FileNotFoundError` for a folder without a checkpoint.
+    be compressed, a class whose head would be lost, a packed model, a device that isn't there, a tokenizer with more
+    tokens than the model, or a model object without one, `FileNotFoundError` for a folder without a checkpoint.
     """
     from transformers import AutoTokenizer
 
@@ -66,6 +66,7 @@ def load_teacher(
         raise ValueError("tokenizer is missing: a teacher given as an object needs tokenizer=... beside it")
     if tokenizer.pad_token_id is None:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no padding token; give the one of the checkpoint")
+    _check_tokens(tokenizer, model.config)
     return model.to(choose_device(device)).eval(), tokenizer, task
 
 
@@ -203,6 +204,19 @@ def _check_config(config: Any, name: str, role: str = "teacher") -> None:
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{role} {name!r} is quantized already; give the full-precision checkpoint")
+
+
+def _check_tokens(tokenizer: Any, config: Any) -> None:
+    size = config.vocab_size
+    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= size}
+    if config.model_type in _WRITING:
+        beyond.pop(tokenizer.mask_token_id, None)  # facebook/bart-large-cnn has no row for it, and never reads it
+    if beyond:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r}: token {beyond[min(beyond)]!r} has id {min(beyond)}, but the model "
+            f"has {size} tokens; call model.resize_token_embeddings({max(beyond) + 1}), train it and save it, or give "
+            "the tokenizer that it was trained with"
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -132,3 +132,31 @@ def test_a_class_that_no_folder_could_name_is_refused() -> None:
     for task in (None, "text"):
         with pytest.raises(ValueError, match="OfMine"):
             load_teacher(OfMine(tiny_encoder("bert").config), bert_tokenizer(), "cpu", task)
+
+
+@pytest.mark.parametrize("kind", ["bart", "bert"])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(kind: str, tmp_path: Path) -> None:
+    folder = saved(kind, type(tiny(kind)).__name__, tmp_path)
+    tokenizer = word_tokenizer() if kind == "bart" else bert_tokenizer()
+    tokenizer.add_tokens([f"new{i}" for i in range(120 - len(tokenizer))])
+    assert load_teacher(folder, tokenizer, "cpu")  # 120 of 120
+    tokenizer.add_tokens(["zz1", "zz2"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"token 'zz1' has id 120, but the model has 120 tokens; call .*ings\(122\)"):
+        load_teacher(folder, None, "cpu")
+    with pytest.raises(ValueError, match="token 'zz1' has id 120"):
+        load_teacher(tiny(kind), tokenizer, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["bart", "bert"])
+def test_a_writers_mask_may_have_no_row(kind: str) -> None:
+    """facebook/bart-large-cnn has 50264 rows, and 50264 is its tokenizer's <mask>."""
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens([f"new{i}" for i in range(120 - len(tokenizer))])
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    assert tokenizer.mask_token_id == 120
+    if kind == "bart":
+        assert load_teacher(tiny(kind), tokenizer, "cpu")
+    else:
+        with pytest.raises(ValueError, match="token '<mask>' has id 120"):
+            load_teacher(tiny(kind), tokenizer, "cpu")
