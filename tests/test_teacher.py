@@ -9,6 +9,7 @@ import transformers
 from conftest import bert_tokenizer, word_tokenizer
 from tiny_models import tiny, tiny_encoder, tiny_seq2seq
 
+import dqbart
 from dqbart.recipe import Recipe
 from dqbart.teacher import load_student, load_teacher
 
@@ -99,6 +100,12 @@ def test_half_an_encoder_decoder_is_not_made_up(tmp_path: Path) -> None:
     edit(folder, "config.json", architectures=["BartModel"], is_encoder_decoder=True, is_decoder=False)
     with pytest.raises(ValueError, match=r"has no model\.encoder\..*; expected all of a BartForConditionalGeneration"):
         load_teacher(folder, None, "cpu")
+
+
+def test_a_writer_asked_for_classes_is_told_what_it_is_for(tmp_path: Path) -> None:
+    folder = saved("bart", "BartForConditionalGeneration", tmp_path / "bart")
+    with pytest.raises(ValueError, match="task 'classification': a bart model is an encoder-decoder; expected one of"):
+        dqbart.compress(folder, recipe=Recipe(task="classification", epochs=0), output=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
