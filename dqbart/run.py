@@ -106,7 +106,10 @@ class Run:
             shutil.rmtree(checkpoints, ignore_errors=True)
         if {file.name for file in self.work.iterdir()} <= {"run.json", SECONDS, LOCK}:
             shutil.rmtree(self.work)
-        _unlock(self.work)
+        else:
+            (self.work / LOCK).unlink(missing_ok=True)
+        if self.work in _locked:
+            _locked.pop(self.work).close()
 
 
 def model_fingerprint(model: Any, tokenizer: Any = None) -> str:
@@ -171,7 +174,7 @@ _locked: dict[Path, Any] = {}  # lock files by folder, each opened once: closing
 
 
 def _lock(work: Path) -> None:
-    """Raises `FileExistsError` if another process has the folder; else none gets it until this one ends or unlocks.
+    """Raises `FileExistsError` if another process has the folder; else none gets it until this one ends or is done.
 
     A lock of fcntl's kind: it dies with its process, however that ends, where flock's would live on in the data
     loader's workers.
@@ -189,12 +192,6 @@ def _lock(work: Path) -> None:
         ) from None
     except OSError:
         pass  # a file system without locks
-
-
-def _unlock(work: Path) -> None:
-    if work in _locked:
-        (work / LOCK).unlink(missing_ok=True)
-        _locked.pop(work).close()
 
 
 def _check_ours(folder: Path) -> None:
