@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,19 @@ def test_refuses_any_flipped_bit(folder: Path) -> None:
 def test_refuses_crafted_headers(folder: Path, header: bytes, words: str) -> None:
     (folder / shards.SINGLE).write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
     refuses(folder, words, via_transformers=False)
+
+
+def test_a_late_duplicate_costs_no_more_than_the_header(tmp_path: Path) -> None:
+    entry = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    names = [*range(20_000), 19_999]
+    text = ("{" + ",".join(f'"t{i}":{entry}' for i in names) + "}").encode()
+    (tmp_path / shards.SINGLE).write_bytes(struct.pack("<Q", len(text)) + text)
+    start = time.process_time()
+    json.loads(text)
+    parsed = time.process_time()
+    with pytest.raises(ValueError, match="'t19999' stands there twice"):
+        shards.read_shard(tmp_path / shards.SINGLE)
+    assert time.process_time() - parsed < 20 * (parsed - start)  # it was quadratic: hundreds of times
 
 
 def test_refuses_a_state_dict_and_quantizing_at_load(bart: tuple[Any, Path], tmp_path: Path) -> None:
