@@ -346,3 +346,12 @@ def test_refuses_a_damaged_generation_config(folder: Path, text: str, words: str
     (folder / "generation_config.json").write_text(text)
     with pytest.raises(ValueError, match=words):
         load_packed(folder)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("value", ["somebody/kernel", "flash_attention_2", "sdpa", {"": "somebody/kernel"}, 7], ids=str)
+def test_config_has_no_say_in_the_attention(folder: Path, key: str, value: Any) -> None:
+    """It could name code on the hub, which transformers would load."""
+    edit_config(folder, lambda config: config.update({key: value}))
+    verify(folder)
+    assert load_packed(folder).config._attn_implementation == "dqbart"

@@ -88,7 +88,9 @@ def load_packed(folder: str | Path, device: Any = None, dtype: torch.dtype = tor
     skeleton = build_skeleton(folder, config, read_spec(folder, config))  # or a wrong value would be torch's error
     read_generation_config(folder, skeleton.config.vocab_size)
     hook.install()
-    model = model_class(folder, config).from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+    cls = model_class(folder, config)
+    # None: config.json has no say in the attention, or it could name code on the hub
+    model = cls.from_pretrained(str(folder), dtype=dtype, local_files_only=True, attn_implementation=None)
     return model if device is None else model.to(device)
 
 

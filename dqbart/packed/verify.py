@@ -22,6 +22,8 @@ from dqbart.quant.sharing import shared_parts
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+# quantization_config says which attention there is; transformers would fetch code from the hub for the other two.
+_NOT_OURS = ("quantization_config", "attn_implementation", "_attn_implementation")
 MOST = 1024  # of layers, and of heads
 _LAYERS = frozenset(
     "encoder_layers decoder_layers num_hidden_layers n_layers num_hidden_groups inner_group_num".split()
@@ -142,7 +144,7 @@ def _fits(name: str, value: Any, default: Any, vocabulary: int) -> bool:
 def model_config(folder: Path, config: dict[str, Any]) -> Any:
     """transformers' configuration object, what the file leaves out filled in. Raises `ValueError`."""
     cls = model_class(folder, config)
-    values = {key: value for key, value in config.items() if key != "quantization_config"}
+    values = {key: value for key, value in config.items() if key not in _NOT_OURS}
     try:
         settings = cls.config_class.from_dict(values)
         shared_parts(settings)
