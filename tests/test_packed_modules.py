@@ -218,6 +218,17 @@ def test_untied_models() -> None:
     assert torch.equal(logits(twin), logits(model)) and not twin.all_tied_weights_keys
 
 
+def test_attention_can_not_be_switched_off() -> None:
+    twin = packed_twin(student("bart", "2-2-8"))
+    for part in (twin, twin.model):
+        part.set_attn_implementation("dqbart")
+        with pytest.raises(ValueError, match=r"set_attn_implementation\('sdpa'\): .*is 'dqbart'.*model.dequantize"):
+            part.set_attn_implementation("sdpa")
+    assert twin.config._attn_implementation == "dqbart"
+    float_attention = packed_twin(student("bart", "2-2-32"))
+    float_attention.set_attn_implementation("eager")
+
+
 def test_resize_says_what_to_do() -> None:
     twin = packed_twin(student("bart", "2-2-8"))
     with pytest.raises(ValueError, match=r"resize_token_embeddings\(130\).*model.dequantize"):

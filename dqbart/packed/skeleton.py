@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dqbart.packed.layout import as_words, pack, pack_trits
 from dqbart.packed.modules import PACKED, PackedEmbedding, PackedHead, PackedLinear, PackedMatrix, TiedEmbedding
 from dqbart.packed.spec import FLOAT_DTYPES, ModuleSpec, PackedSpec
-from dqbart.quant.attention import quantize_attention
+from dqbart.quant.attention import NAME, quantize_attention
 from dqbart.quant.layers import FakeQuantEmbedding, FakeQuantLinear
 from dqbart.quant.narrow import FIELD, narrow
 from dqbart.quant.rounding import round_as_before, round_once
@@ -104,6 +104,8 @@ def swap_modules(model: Any, spec: PackedSpec) -> None:
             part.all_tied_weights_keys = _remaining_ties(part, part.all_tied_weights_keys)
             part._tied_weights_keys = _remaining_ties(part, part._tied_weights_keys or {})
             part.resize_token_embeddings = _refuse_resize
+            if spec.activation_bits == 8:
+                part.set_attn_implementation = _keep_attention
 
 
 def restore_modules(model: Any, dtype: torch.dtype) -> Any:
@@ -127,7 +129,7 @@ def restore_modules(model: Any, dtype: torch.dtype) -> Any:
     keep_whole(model)
     round_as_before(model)
     for part in model.modules():
-        for name in ("attention_numerics", "resize_token_embeddings", "_tied_weights_keys"):
+        for name in ("attention_numerics", "resize_token_embeddings", "set_attn_implementation", "_tied_weights_keys"):
             part.__dict__.pop(name, None)
     ties = model.get_expanded_tied_weights_keys(all_submodels=True)
     if all(torch.equal(model.get_parameter(a), model.get_parameter(b)) for a, b in ties.items()):
@@ -162,6 +164,14 @@ def _refuse_resize(new_num_tokens: int | None = None, *args: Any, **kwargs: Any)
         f"resize_token_embeddings({new_num_tokens}): the vocabulary of a packed model is fixed; "
         "call model.dequantize() first, or resize the teacher and compress again"
     )
+
+
+def _keep_attention(attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+    if attn_implementation != NAME:
+        raise ValueError(
+            f"set_attn_implementation({attn_implementation!r}): a packed model's attention is {NAME!r}, with its own "
+            "8-bit numerics; call model.dequantize() first for another one"
+        )
 
 
 def float_tensors(
