@@ -1,6 +1,7 @@
 """Native models in everyday use: what transformers' class would do with a call, a setting or a cast, they do, too."""
 
 import copy
+import hashlib
 import logging
 import os
 import pickle
@@ -15,10 +16,11 @@ import pytest
 import torch
 from dqbart_kernels import cpu
 from tiny_models import tiny_encoder, tiny_seq2seq, token_batch
-from transformers import BertForSequenceClassification, DistilBertModel, GenerationConfig
+from transformers import AutoModelForSeq2SeqLM, BertForSequenceClassification, DistilBertModel, GenerationConfig
 
 from dqbart.engines import load
 from dqbart.packed.checkpoint import load_packed, save_packed
+from dqbart.packed.shards import read_shard
 from dqbart.quant.layers import prepare
 
 pytestmark = pytest.mark.skipif(cpu.reason() is not None, reason=str(cpu.reason()))
@@ -172,6 +174,58 @@ def test_a_relative_folder_is_found_from_elsewhere(folder: Path, bert: Path, mon
     monkeypatch.chdir("/")
     assert len(text.generate(**BATCH, renormalize_logits=True, max_length=5)) == 2
     assert encoder(**BATCH, output_attentions=True).attentions is not None
+
+
+def at_hash(number: int, act: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something as that tensor of a folder that is being loaded has been read, and is checked."""
+    calls = iter(range(1, 10**6))
+
+    def sha256(data: Any, original: Any = hashlib.sha256) -> Any:
+        if len(data) and next(calls) == number:
+            act()
+        return original(data)
+
+    monkeypatch.setattr(hashlib, "sha256", sha256)
+
+
+@pytest.mark.parametrize("place", [3, -1], ids=["early", "at the end"])
+@pytest.mark.parametrize("engine", ["cpu", "torch", "transformers"])
+def test_a_folder_replaced_while_it_is_read(
+    engine: str, place: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was a model of both, or one that nobody had checked."""
+    one = Path(shutil.copytree(folder, tmp_path / "m"))
+    two = save_packed(prepare(tiny_seq2seq("bart", 2, 2, seed=1, forced_eos_token_id=None), "2-2-8"), tmp_path / "new")
+    count = len(read_shard(one / "model.safetensors").tensors)
+
+    def replace() -> None:
+        os.replace(one, tmp_path / "old")
+        os.replace(two, one)
+
+    at_hash(place % (count + 1), replace, monkeypatch)
+    with pytest.raises(ValueError, match="m: changed while it was read, as by a save over it; load it again"):
+        AutoModelForSeq2SeqLM.from_pretrained(one) if engine == "transformers" else load(one, engine=engine)
+    assert (tmp_path / "old").exists()
+    load(one, engine="cpu" if engine == "cpu" else "torch")
+
+
+def test_native_memory_holds_what_was_hashed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes written into the same file, its times set back."""
+    file = Path(shutil.copytree(folder, tmp_path / "m")) / "model.safetensors"
+    times, tensors = file.stat(), read_shard(file).tensors.values()
+
+    def write() -> None:
+        with open(file, "rb+") as out:
+            for info in tensors:
+                out.seek(info.begin)
+                out.write(b"\x11" * (info.end - info.begin))
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    at_hash(len(tensors), write, monkeypatch)
+    last = load(file.parent)
+    assert torch.equal(last.generate(**BATCH, max_length=9), load(folder).generate(**BATCH, max_length=9))
+    with pytest.raises(ValueError, match="tensor .*: sha256 .*; the file is damaged, fetch or save it again"):
+        load(file.parent)
 
 
 def test_pickles_read_their_folder_again(folder: Path, bert: Path, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def load_model(
     from dqbart.engines.native import Runner, unsuitable
     from dqbart.packed.checkpoint import load_packed
     from dqbart.packed.plain import is_plain, load_plain
+    from dqbart.packed.verify import unchanged
 
     try:
         where = torch.device(device if device is not None else "cuda" if engine == "triton" else "cpu")
@@ -82,7 +83,8 @@ def load_model(
         log.info("engine torch, since engine %s can't: %s", runner.name, reason)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: torch sees no GPU; leave device out to run on the CPU")
-    model = load_packed(folder, device=where, dtype=torch.float32 if dtype is None else dtype)
+    with unchanged(folder):
+        model = load_packed(folder, device=where, dtype=torch.float32 if dtype is None else dtype)
     log.info("engine torch: transformers' %s with packed modules on %s", type(model).__name__, model.device)
     return model
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dqbart.architectures import first_position
 from dqbart.engines.native import Runner, check_ids, check_runs, open_native, read_again
 from dqbart.packed import shards
-from dqbart.packed.verify import build_skeleton, read_config, read_spec
+from dqbart.packed.verify import build_skeleton, read_config, read_spec, unchanged
 
 log = logging.getLogger("dqbart")
 
@@ -134,17 +134,19 @@ def load_encoder(folder: str | Path, runner: Runner) -> Any:
     """
     folder = Path(folder).resolve()
     check_runs(runner, folder)
-    config = read_config(folder)
-    spec = read_spec(folder, config)
-    model = build_skeleton(folder, config, spec)
-    _, rest = open_native(folder, spec, model, runner.make)
+    with unchanged(folder):
+        config = read_config(folder)
+        spec = read_spec(folder, config)
+        model = build_skeleton(folder, config, spec)
+        _, rest = open_native(folder, spec, model, runner.make)
+        floats = {name: shards.read_tensor(info).float() for name, info in rest.items()}
     base = model.base_model
     for name in ("embeddings", "encoder", "transformer"):
         base._modules.pop(name, None)
-    for name, info in rest.items():
+    for name, tensor in floats.items():
         parent, _, leaf = name.rpartition(".")
         module: nn.Module = model.get_submodule(parent)
-        module._parameters[leaf] = nn.Parameter(shards.read_tensor(info).float().to(runner.device), requires_grad=False)
+        module._parameters[leaf] = nn.Parameter(tensor.to(runner.device), requires_grad=False)
     missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if missing:
         raise ValueError(f"{folder}: tensor {missing[0]}: the native engine doesn't know where it comes from")

@@ -1,8 +1,9 @@
 """A packed folder read into native memory: which models the native engines run, and where their tensors go.
 
 Every family is the same stack of layers under other names, so a family is a table of names and a few sizes.
-`unsuitable` says what stands in the way; `open_native` reads a checked folder tensor by tensor. What belongs to no
-layer (poolers, classifiers) is left to its caller. A `Runner` is an engine: cpu.py and triton.py have one each.
+`unsuitable` says what stands in the way; `open_native` reads a folder tensor by tensor, each checked as it comes. What
+belongs to no layer (poolers, classifiers) is left to its caller. A `Runner` is an engine: cpu.py and triton.py have one
+each.
 """
 
 import re
@@ -22,7 +23,15 @@ from dqbart.packed import shards
 from dqbart.packed.layout import FIELD_BITS, as_bytes, as_words, pack, unpack_trits
 from dqbart.packed.skeleton import expected_tensors
 from dqbart.packed.spec import PackedSpec
-from dqbart.packed.verify import build_skeleton, check_files, model_config, read_config, read_spec
+from dqbart.packed.verify import (
+    build_skeleton,
+    check_headers,
+    model_config,
+    read_checked,
+    read_config,
+    read_spec,
+    unchanged,
+)
 from dqbart.quant.narrow import FIELD
 from dqbart.quant.sharing import places
 
@@ -204,24 +213,26 @@ class Stacks(Protocol):
 def open_native(
     folder: Path, spec: PackedSpec, skeleton: Any, make: Callable[[dict[str, int], float, float], S]
 ) -> tuple[S, dict[str, shards.TensorInfo]]:
-    """Check the folder's files and read the stacks into a model of `make(sizes, embed_scale, eps)`; and the tensors
-    that are not theirs.
+    """Read the folder's stacks into a model of `make(sizes, embed_scale, eps)`; and where the other tensors lie.
 
     Raises `FileNotFoundError` or `ValueError` naming file and tensor, as `dqbart.packed.verify.verify` does.
     """
     found = [shards.read_shard(file) for file in shards.shard_files(folder)]
-    check_files(found, expected_tensors(skeleton, spec), spec)
-    tensors = shards.merge(found)
+    tensors = check_headers(found, expected_tensors(skeleton, spec), spec)
+
+    def read(name: str) -> Tensor:
+        return read_checked(name, tensors.pop(name), spec)
+
     family = FAMILIES[skeleton.config.model_type]
     model = make(*(_seq2seq if skeleton.config.model_type in ("bart", "mbart") else _encoder)(skeleton))
     for name, module in spec.modules.items():
         if module.tied_to is not None:
             continue
-        words = shards.read_tensor(tensors.pop(f"{name}.weight"))
+        words = read(f"{name}.weight")
         if module.layout == "trits":
             words = as_words(pack(unpack_trits(as_bytes(words), module.shape[1]), 2))
-        bias = tensors.pop(f"{name}.bias", None)
-        scale, bias_N = _floats(tensors.pop(f"{name}.weight_scale")), None if bias is None else _floats(bias)
+        bias_N = _floats(read(f"{name}.bias")) if f"{name}.bias" in tensors else None
+        scale = _floats(read(f"{name}.weight_scale"))
         for place in places(skeleton.config, name):  # layers that share a matrix get a copy each
             model.set_matrix(
                 str(native_name(family, place)), FIELD_BITS[module.bits], module.shape, as_bytes(words).numpy(),
@@ -231,7 +242,7 @@ def open_native(
         parent, _, leaf = name.rpartition(".")
         known = native_name(family, parent)
         if known is not None or name == "final_logits_bias":
-            values = _floats(tensors.pop(name))
+            values = _floats(read(name))
             for place in places(skeleton.config, parent):
                 model.set_vector(f"{native_name(family, place)}.{leaf}" if known else name, values)
     model.finish()
@@ -242,9 +253,10 @@ def read_again(folder: Path, runner: Runner) -> None:
     """Give an unpickled runner its model. Raises as `check_runs` and `open_native` do."""
     if not hasattr(runner, "model"):
         check_runs(runner, folder)
-        config = read_config(folder)
-        spec = read_spec(folder, config)
-        open_native(folder, spec, build_skeleton(folder, config, spec), runner.make)
+        with unchanged(folder):
+            config = read_config(folder)
+            spec = read_spec(folder, config)
+            open_native(folder, spec, build_skeleton(folder, config, spec), runner.make)
 
 
 def _seq2seq(skeleton: Any) -> tuple[dict[str, int], float, float]:
@@ -281,5 +293,5 @@ def _encoder(skeleton: Any) -> tuple[dict[str, int], float, float]:
     )  # fmt: skip
 
 
-def _floats(info: shards.TensorInfo) -> native.F32:
-    return np.ascontiguousarray(shards.read_tensor(info).float().reshape(-1).numpy())
+def _floats(tensor: Tensor) -> native.F32:
+    return np.ascontiguousarray(tensor.float().reshape(-1).numpy())

@@ -17,7 +17,7 @@ import torch
 
 from dqbart.data.decoding import IMPLEMENTATION_SETTINGS, SAMPLING_SETTINGS
 from dqbart.engines.native import Runner, check_ids, check_runs, open_native, read_again
-from dqbart.packed.verify import build_skeleton, read_config, read_generation_config, read_spec
+from dqbart.packed.verify import build_skeleton, read_config, read_generation_config, read_spec, unchanged
 
 log = logging.getLogger("dqbart")
 
@@ -55,13 +55,14 @@ class TextModel:
     def __init__(self, folder: str | Path, runner: Runner) -> None:
         self.folder, self.runner = Path(folder).resolve(), runner
         check_runs(runner, self.folder)
-        config = read_config(self.folder)
-        spec = read_spec(self.folder, config)
-        self._skeleton = build_skeleton(self.folder, config, spec)
-        self.config = self._skeleton.config
-        own = read_generation_config(self.folder, self.config.vocab_size)
-        self._skeleton.generation_config = own or self._skeleton.generation_config
-        open_native(self.folder, spec, self._skeleton, runner.make)
+        with unchanged(self.folder):
+            config = read_config(self.folder)
+            spec = read_spec(self.folder, config)
+            self._skeleton = build_skeleton(self.folder, config, spec)
+            self.config = self._skeleton.config
+            own = read_generation_config(self.folder, self.config.vocab_size)
+            self._skeleton.generation_config = own or self._skeleton.generation_config
+            open_native(self.folder, spec, self._skeleton, runner.make)
         self._torch_model: Any = None
         self._said: set[str] = set()
 

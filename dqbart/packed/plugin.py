@@ -23,7 +23,7 @@ from dqbart.packed.modules import PackedMatrix
 from dqbart.packed.shards import metadata, read_shard
 from dqbart.packed.skeleton import expected_tensors, restore_modules, stored_tensors, swap_modules
 from dqbart.packed.spec import QUANT_METHOD, PackedSpec
-from dqbart.packed.verify import check_files
+from dqbart.packed.verify import check_files, require_state, state_of, unchanged
 
 
 class DqbartConfig(QuantizationConfigMixin):
@@ -64,15 +64,19 @@ class DqbartQuantizer(HfQuantizer):
             prefix = f"{model.base_model_prefix}."  # the body of a model that was saved with its head
             spec = spec.inside(prefix)
             self.quantization_config = DqbartConfig.of(spec)
+        self.folder = Path(checkpoint_files[0]).parent
+        self.state = state_of(self.folder)  # transformers opens the files again, once they were checked
         found = [read_shard(Path(file)) for file in checkpoint_files]
         try:
             swap_modules(model, spec)
         except ValueError as error:
-            raise ValueError(f"{Path(checkpoint_files[0]).parent / 'config.json'}: {error}") from None
-        check_files(found, expected_tensors(model, spec), spec, prefix=prefix)
+            raise ValueError(f"{self.folder / 'config.json'}: {error}") from None
+        with unchanged(self.folder):
+            check_files(found, expected_tensors(model, spec), spec, prefix=prefix)
         self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        require_state(self.folder, self.state)
         for name, tensor in model.state_dict(keep_vars=True).items():
             tensor.data = tensor.data.to(self.dtypes[name])  # 5.17 casts no tensor that it renamed
         for module in model.modules():

@@ -5,13 +5,13 @@ it ourselves because the library orders its metadata at random, and saving twice
 because plain writes and fsync report a full disk as `OSError` before anything is renamed into place. We parse headers
 ourselves because sizes have to be bounded, and every defect named, before a tensor is allocated.
 
-Each shard's metadata holds the sha256 of every tensor of the model, so one flipped bit is found and named.
+Each shard's metadata holds the sha256 of every tensor of the model, so one flipped bit is found and named. A tensor is
+held to it as it is read: what was read is what was checked, whoever writes to the file meanwhile.
 """
 
 import hashlib
 import json
 import math
-import mmap
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -39,10 +39,12 @@ class TensorInfo:
     """Where a tensor lies in its file: bytes [begin, end) counted from the start of the file."""
 
     file: Path
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
     end: int
+    sha256: str | None  # of these bytes; None where the file doesn't say
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def read_shard(file: Path) -> Shard:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{file}: damaged header: __metadata__ is not text")
-    tensors = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in header.items()}
+    digests = _digests(metadata)
+    tensors = {name: _tensor_info(file, name, entry, 8 + length, digests.get(name)) for name, entry in header.items()}
     position = 8 + length
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != position:
@@ -109,7 +112,15 @@ def read_shard(file: Path) -> Shard:
     return Shard(file, size, tensors, metadata)
 
 
-def _tensor_info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
+def _digests(metadata: dict[str, str]) -> dict[str, str]:
+    try:
+        found = json.loads(metadata.get(DIGESTS, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return {name: str(digest) for name, digest in found.items()} if isinstance(found, dict) else {}
+
+
+def _tensor_info(file: Path, name: str, entry: Any, start: int, sha256: str | None) -> TensorInfo:
     try:
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         sound = all(type(side) is int and 0 <= side < 2**40 for side in [*shape, begin, end]) and len(shape) <= 8
@@ -117,7 +128,7 @@ def _tensor_info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
         sound = False
     if not sound or math.prod(shape) * dtype.itemsize != end - begin:
         raise ValueError(f"{file}: tensor {name}: damaged header entry {json.dumps(entry)[:200]}")
-    return TensorInfo(file, dtype, tuple(shape), start + begin, start + end)
+    return TensorInfo(file, name, dtype, tuple(shape), start + begin, start + end, sha256)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -166,32 +177,17 @@ def merge(shards: Iterable[Shard]) -> dict[str, TensorInfo]:
     return tensors
 
 
-def check_digests(shard: Shard) -> None:
-    """Recompute the sha256 of every tensor. Raises `ValueError` naming the first that differs."""
-    try:
-        digests = json.loads(shard.metadata[DIGESTS])
-        expected = {name: digests[name] for name in shard.tensors}
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{shard.file}: damaged header: no sha256 for each tensor in {DIGESTS}") from None
-    with open(shard.file, "rb") as source, mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        view = memoryview(content)
-        for name, info in shard.tensors.items():
-            with view[info.begin : info.end] as piece:
-                found = hashlib.sha256(piece).hexdigest()
-            if found != expected[name]:
-                view.release()
-                raise ValueError(
-                    f"{shard.file}: tensor {name}: sha256 {found[:16]}..., expected {str(expected[name])[:16]}...; "
-                    "the file is damaged, fetch or save it again"
-                )
-        view.release()
-
-
 def read_tensor(info: TensorInfo) -> Tensor:
-    """A copy of one tensor."""
+    """A copy of one tensor. Raises `ValueError` naming file and tensor where its sha256 is another."""
+    data = bytearray(info.end - info.begin)
     with open(info.file, "rb") as source:
         source.seek(info.begin)
-        data = bytearray(source.read(info.end - info.begin))
+        source.readinto(data)
+    if info.sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != info.sha256:
+        raise ValueError(
+            f"{info.file}: tensor {info.name}: sha256 {found[:16]}..., expected {info.sha256[:16]}...; "
+            "the file is damaged, fetch or save it again"
+        )
     return (
         torch.frombuffer(data, dtype=info.dtype).view(info.shape) if data else torch.empty(info.shape, dtype=info.dtype)
     )

@@ -5,12 +5,14 @@ scales, padding); `verify` adds what costs a pass over all codes. The first defe
 was found and what was expected.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dqbart.packed import shards
 from dqbart.packed.json_file import read_json
@@ -180,6 +182,17 @@ def check_files(
 
     `everything` also looks at every code and float. Raises `ValueError` naming file, tensor, found and expected.
     """
+    for name, info in check_headers(found, expected, spec, prefix).items():
+        read_checked(name, info, spec, everything)
+
+
+def check_headers(
+    found: Iterable[Shard],
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    spec: PackedSpec,
+    prefix: str = "",
+) -> dict[str, TensorInfo]:
+    """What `check_files` does without the tensors, and where these are, by their names in the model."""
     found = list(found)
     for shard in found:
         for key, value in (("format", "pt"), ("dqbart_format", str(spec.format_version))):
@@ -199,24 +212,51 @@ def check_files(
     for name, info in tensors.items():
         if name not in expected:
             raise ValueError(f"{info.file}: tensor {prefix}{name}: the model has no such tensor")
-    for shard in found:
-        shards.check_digests(shard)
-    for name, info in tensors.items():
-        try:
-            _check_content(name, info, spec, everything)
-        except ValueError as error:
-            raise ValueError(f"{info.file}: tensor {prefix}{name}: {error}") from None
+        if info.sha256 is None:
+            raise ValueError(f"{info.file}: damaged header: no sha256 for each tensor in {shards.DIGESTS}")
+    return tensors
 
 
-def _check_content(name: str, info: TensorInfo, spec: PackedSpec, everything: bool) -> None:
+def read_checked(name: str, info: TensorInfo, spec: PackedSpec, everything: bool = False) -> Tensor:
+    """The tensor that the model calls `name`, its digest and contents checked as `check_files` does."""
+    tensor = shards.read_tensor(info)
+    try:
+        _check_content(name, tensor, spec, everything)
+    except ValueError as error:
+        raise ValueError(f"{info.file}: tensor {info.name}: {error}") from None
+    return tensor
+
+
+def _check_content(name: str, tensor: Tensor, spec: PackedSpec, everything: bool) -> None:
     module, _, leaf = name.rpartition(".")
     entry = spec.modules.get(module)
     if entry is not None and leaf == "weight_scale":
-        scale = shards.read_tensor(info)
-        if not (scale.isfinite() & (scale >= 0)).all():
+        if not (tensor.isfinite() & (tensor >= 0)).all():
             raise ValueError("scales that are negative, infinite or NaN; expected finite ones of at least 0")
     elif entry is not None and leaf == "weight":
-        words = shards.read_tensor(info)
-        check(as_bytes(words), entry.bits, entry.shape[1], entry.layout, padding_only=not everything)
-    elif everything and info.dtype.is_floating_point and not shards.read_tensor(info).isfinite().all():
+        check(as_bytes(tensor), entry.bits, entry.shape[1], entry.layout, padding_only=not everything)
+    elif everything and tensor.is_floating_point() and not tensor.isfinite().all():
         raise ValueError("infinite or NaN values")
+
+
+def state_of(folder: Path) -> list[tuple[str, int, int, int]]:
+    """What tells a model's files from those that a later save puts in their place."""
+    names = sorted([CONFIG, GENERATION_CONFIG, shards.INDEX, *(file.name for file in folder.glob("*.safetensors"))])
+    found = [(name, (folder / name).stat()) for name in names if (folder / name).exists()]
+    return [(name, file.st_ino, file.st_mtime_ns, file.st_size) for name, file in found]
+
+
+@contextmanager
+def unchanged(folder: Path) -> Iterator[None]:
+    """Raises `ValueError` where another model took the folder's place in the block, whatever else was raised there."""
+    before = state_of(folder)
+    try:
+        yield
+    finally:
+        require_state(folder, before)
+
+
+def require_state(folder: Path, before: list[tuple[str, int, int, int]]) -> None:
+    """Raises `ValueError` where the folder is no longer what `state_of` said."""
+    if state_of(folder) != before:
+        raise ValueError(f"{folder}: changed while it was read, as by a save over it; load it again")
