@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,35 @@ def test_encoders_casts_masks_copies_and_config(bert: Path, tmp_path: Path) -> N
     assert load(base).device == torch.device("cpu") and load(base).dtype == torch.float32
     with pytest.raises(TypeError):
         load(bert).base_model(BATCH["input_ids"], BATCH["attention_mask"], None, torch.arange(9))
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_the_torch_engine_finds_the_weights_that_were_loaded(
+    writes: bool, folder: Path, bert: Path, tmp_path: Path
+) -> None:
+    """It reads the folder when it is first needed, perhaps days later."""
+    other = save_packed(prepare(tiny_seq2seq("bart", 2, 2, seed=1), "2-2-8"), tmp_path / "other")
+    left = {name: x.flip(1) for name, x in BATCH.items()}
+    source = folder if writes else bert
+    here = Path(shutil.copytree(source, tmp_path / "m"))
+    model = load(here)
+    call = partial(model.generate if writes else model, **left)
+    unpickle = partial(pickle.loads, pickle.dumps(model))
+    (here / "README.md").write_text("a card, which is no weights")
+    unpickle()
+    shutil.rmtree(here)
+    shutil.copytree(other, here)
+    for again in (call, unpickle):
+        with pytest.raises(ValueError, match="m: replaced by other weights since this model was loaded, and .*load"):
+            again()
+    shutil.rmtree(here)
+    for again in (call, unpickle):
+        with pytest.raises(FileNotFoundError, match="m: gone since this model was loaded, and .*; put it back"):
+            again()
+    shutil.copytree(source, here)
+    call()
+    shutil.rmtree(here)
+    call()  # it is there by now
 
 
 def test_other_weights_after_a_first_call(tmp_path: Path) -> None:

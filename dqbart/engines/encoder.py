@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dqbart.architectures import first_position
-from dqbart.engines.native import Runner, check_ids, check_runs, open_native, read_again
+from dqbart.engines.native import Runner, check_ids, check_runs, load_in_torch, open_native, read_again
 from dqbart.packed import shards
 from dqbart.packed.verify import build_skeleton, read_config, read_spec, unchanged
 
@@ -27,6 +27,7 @@ class NativeBase:
 
     runner: Runner
     folder: Path
+    _weights: str  # their digest
     config: Any
     _cast: Tensor  # holds nothing: `half()` and the like change its dtype
     _said: set[str]
@@ -64,7 +65,7 @@ class NativeBase:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        read_again(self.folder, self.runner)
+        read_again(self.folder, self._weights, self.runner)
 
     @property
     def device(self) -> torch.device:
@@ -77,13 +78,10 @@ class NativeBase:
 
     @property
     def torch_base(self) -> Any:
-        """The same base model in the torch engine."""
+        """The same base model in the torch engine. Raises as `load_in_torch` does."""
         if self._torch_base is None:
-            from dqbart.packed.checkpoint import load_packed
-
-            self._torch_base = [
-                load_packed(self.folder, device=self.runner.device).base_model
-            ]  # in a list: no submodule of this one
+            found = load_in_torch(self.folder, self._weights, self.runner.device)
+            self._torch_base = [found.base_model]  # in a list: no submodule of this one
         return self._torch_base[0]
 
     def _unsupported(self, ids: Any, mask: Any, types: Any, others: dict[str, Any]) -> str | None:
@@ -135,6 +133,7 @@ def load_encoder(folder: str | Path, runner: Runner) -> Any:
     folder = Path(folder).resolve()
     check_runs(runner, folder)
     with unchanged(folder):
+        weights = shards.weights_digest(folder)
         config = read_config(folder)
         spec = read_spec(folder, config)
         model = build_skeleton(folder, config, spec)
@@ -152,7 +151,7 @@ def load_encoder(folder: str | Path, runner: Runner) -> Any:
         raise ValueError(f"{folder}: tensor {missing[0]}: the native engine doesn't know where it comes from")
     kind: Any = type(base)
     base.__class__ = _native(kind)
-    base.runner, base.folder, base._said = runner, folder, set()
+    base.runner, base.folder, base._weights, base._said = runner, folder, weights, set()
     base.register_buffer("_cast", torch.empty(0, device=runner.device), persistent=False)
     for name in ("save_pretrained", "push_to_hub"):  # of what torch holds they would make a model without layers
         setattr(model, name, partial(_refuse, f"{name}: {folder} is the model; copy it, or load with engine='torch'"))

@@ -249,11 +249,32 @@ def open_native(
     return model, tensors
 
 
-def read_again(folder: Path, runner: Runner) -> None:
-    """Give an unpickled runner its model. Raises as `check_runs` and `open_native` do."""
+def require_weights(folder: Path, digest: str, who: str) -> None:
+    """Raises `FileNotFoundError` or `ValueError` where the folder no longer holds the weights that were loaded."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: gone since this model was loaded, and {who} reads it again; put it back")
+    if shards.weights_digest(folder) != digest:
+        raise ValueError(
+            f"{folder}: replaced by other weights since this model was loaded, and {who} reads it again; "
+            "load the new ones with dqbart.load, or put the old ones back"
+        )
+
+
+def load_in_torch(folder: Path, digest: str, device: torch.device) -> Any:
+    """The model in the torch engine. Raises as `require_weights` and `load_packed` do."""
+    from dqbart.packed.checkpoint import load_packed
+
+    with unchanged(folder):
+        require_weights(folder, digest, "the torch engine, which this call needs,")
+        return load_packed(folder, device=device)
+
+
+def read_again(folder: Path, digest: str, runner: Runner) -> None:
+    """Give an unpickled runner its model. Raises as `check_runs`, `require_weights` and `open_native` do."""
     if not hasattr(runner, "model"):
-        check_runs(runner, folder)
         with unchanged(folder):
+            require_weights(folder, digest, "a pickle of it")
+            check_runs(runner, folder)
             config = read_config(folder)
             spec = read_spec(folder, config)
             open_native(folder, spec, build_skeleton(folder, config, spec), runner.make)

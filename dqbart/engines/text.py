@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from dqbart.data.decoding import IMPLEMENTATION_SETTINGS, SAMPLING_SETTINGS
-from dqbart.engines.native import Runner, check_ids, check_runs, open_native, read_again
+from dqbart.engines.native import Runner, check_ids, check_runs, load_in_torch, open_native, read_again
+from dqbart.packed.shards import weights_digest
 from dqbart.packed.verify import build_skeleton, read_config, read_generation_config, read_spec, unchanged
 
 log = logging.getLogger("dqbart")
@@ -56,6 +57,7 @@ class TextModel:
         self.folder, self.runner = Path(folder).resolve(), runner
         check_runs(runner, self.folder)
         with unchanged(self.folder):
+            self._weights = weights_digest(self.folder)
             config = read_config(self.folder)
             spec = read_spec(self.folder, config)
             self._skeleton = build_skeleton(self.folder, config, spec)
@@ -71,7 +73,7 @@ class TextModel:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        read_again(self.folder, self.runner)
+        read_again(self.folder, self._weights, self.runner)
 
     @property
     def device(self) -> torch.device:
@@ -94,11 +96,12 @@ class TextModel:
 
     @property
     def torch_model(self) -> Any:
-        """The same model in the torch engine, with the same generation settings."""
-        if self._torch_model is None:
-            from dqbart.packed.checkpoint import load_packed
+        """The same model in the torch engine, with the same generation settings.
 
-            self._torch_model = load_packed(self.folder, device=self.device)
+        Raises `FileNotFoundError` or `ValueError` where the folder is gone or holds other weights by now.
+        """
+        if self._torch_model is None:
+            self._torch_model = load_in_torch(self.folder, self._weights, self.device)
             self._torch_model.generation_config = self.generation_config
         return self._torch_model
 

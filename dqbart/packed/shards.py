@@ -177,6 +177,12 @@ def merge(shards: Iterable[Shard]) -> dict[str, TensorInfo]:
     return tensors
 
 
+def weights_digest(folder: Path) -> str:
+    """One digest of all weights, from what the first header says of them. Raises as `shard_files` and `read_shard`."""
+    first = read_shard(shard_files(folder)[0])
+    return hashlib.sha256(first.metadata.get(DIGESTS, "").encode()).hexdigest()
+
+
 def read_tensor(info: TensorInfo) -> Tensor:
     """A copy of one tensor. Raises `ValueError` naming file and tensor where its sha256 is another."""
     data = bytearray(info.end - info.begin)
