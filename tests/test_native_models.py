@@ -262,8 +262,18 @@ def test_encoders_casts_masks_copies_and_config(bert: Path, tmp_path: Path) -> N
         masked = BATCH | {"attention_mask": BATCH["attention_mask"].float()}
         torch.testing.assert_close(fast(**masked).logits, want)
         torch.testing.assert_close(copy.deepcopy(fast)(**BATCH).logits, want)
+        left = {name: x.flip(1) for name, x in BATCH.items()}
+        embeds = slow.get_input_embeddings()(BATCH["input_ids"])
         for cast in ("bfloat16", "half", "double"):
-            assert getattr(copy.deepcopy(fast), cast)()(**BATCH).logits.dtype != torch.float32
+            other = getattr(copy.deepcopy(fast), cast)()
+            native, kind = other(**BATCH).logits, other.dtype
+            assert native.dtype == kind != torch.float32
+            calls: list[dict[str, Any]] = [left, BATCH | {"output_hidden_states": True}, {"inputs_embeds": embeds}]
+            for call, same in zip([*calls[:2], {"inputs_embeds": embeds.to(kind)}], calls, strict=True):
+                found = other(**call, return_dict=True)
+                assert found.logits.dtype == kind and (found.logits - slow(**same).logits).abs().max() < 0.1
+                assert all(x.dtype == kind for x in found.hidden_states or ())
+            assert other(**left, return_dict=False)[0].dtype == kind
         fast.config.output_hidden_states = True
         assert fast(**BATCH).hidden_states is not None
     with pytest.raises(ValueError, match="save_pretrained: .*bert is the model; copy it, or load with engine='torch'"):
@@ -303,6 +313,29 @@ def test_the_torch_engine_finds_the_weights_that_were_loaded(
     call()
     shutil.rmtree(here)
     call()  # it is there by now
+
+
+def test_an_encoder_stays_where_its_layers_are(bert: Path) -> None:
+    model = load(bert)
+    assert model.to("cpu") is model and model.cpu() is model
+    for move in (model.to, model.base_model.to):
+        with pytest.raises(ValueError, match=r"to\('meta'\): engine cpu stays on cpu; load with device= or engine="):
+            move("meta")
+    with torch.no_grad():
+        assert model(**BATCH).logits.device == torch.device("cpu")
+
+
+def test_the_default_dtype_is_not_that_of_the_model(folder: Path, bert: Path) -> None:
+    want = [load(bert)(**BATCH).logits, load(bert, engine="torch")(**BATCH, output_attentions=True).logits]
+    torch.set_default_dtype(torch.float16)
+    try:
+        model = load(bert)
+        found = [model(**BATCH).logits, model(**BATCH, output_attentions=True).logits]
+        ids = load(folder).generate(**BATCH, max_length=6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, want)
+    assert torch.equal(ids, load(folder).generate(**BATCH, max_length=6))
 
 
 def test_other_weights_after_a_first_call(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class NativeBase:
     folder: Path
     _weights: str  # their digest
     config: Any
-    _cast: Tensor  # holds nothing: `half()` and the like change its dtype
+    _cast: Tensor  # holds nothing: `half()` and the like change its dtype, and so that of what comes out
     _said: set[str]
     _torch_base: list[Any] | None = None
 
@@ -51,13 +51,23 @@ class NativeBase:
             flags = ("output_attentions", "output_hidden_states")  # set on this model's config, not on that one's
             others |= {name: True for name in flags if getattr(self.config, name) and others.get(name) is None}
             given = others | {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
-            given = {name: value for name, value in given.items() if value is not None}
-            return self.torch_base(input_ids=input_ids, return_dict=return_dict, **given)
+            given = {name: _floats_as(torch.float32, value) for name, value in given.items() if value is not None}
+            found = self.torch_base(input_ids=input_ids, return_dict=return_dict, **given)
+            return _floats_as(self.dtype, found)
         b, length = input_ids.shape
         lengths_B = torch.full((b,), length) if attention_mask is None else attention_mask.bool().sum(1)
         hidden_BLD = self.runner.hidden(input_ids, lengths_B, token_type_ids)
         output = self._output(hidden_BLD.to(self.dtype))
         return output.to_tuple() if return_dict is False else output
+
+    def _apply(self, function: Any, recurse: bool = True) -> Any:
+        """Of `nn.Module`: casts reach the heads; a move would part them from the layers, so it raises `ValueError`."""
+        moved = function(self._cast).device
+        if moved != self.device:
+            raise ValueError(
+                f"to({str(moved)!r}): engine {self.runner.name} stays on {self.device}; load with device= or engine="
+            )
+        return super()._apply(function, recurse)  # type: ignore[misc]
 
     def __reduce__(self) -> Any:
         """For copies and pickles, which the layers are not part of."""
@@ -152,7 +162,7 @@ def load_encoder(folder: str | Path, runner: Runner) -> Any:
     kind: Any = type(base)
     base.__class__ = _native(kind)
     base.runner, base.folder, base._weights, base._said = runner, folder, weights, set()
-    base.register_buffer("_cast", torch.empty(0, device=runner.device), persistent=False)
+    base.register_buffer("_cast", torch.empty(0, dtype=torch.float32, device=runner.device), persistent=False)
     for name in ("save_pretrained", "push_to_hub"):  # of what torch holds they would make a model without layers
         setattr(model, name, partial(_refuse, f"{name}: {folder} is the model; copy it, or load with engine='torch'"))
     return model.eval()
@@ -165,6 +175,17 @@ def _native(kind: Any) -> Any:
 
 def _empty(kind: Any) -> Any:
     return kind.__new__(_native(kind))
+
+
+def _floats_as(dtype: torch.dtype, value: Any) -> Any:
+    """What goes into a model or comes out of it, its floats cast."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(_floats_as(dtype, part) for part in value)
+    if isinstance(value, dict):  # transformers' outputs are
+        return type(value)(**{name: _floats_as(dtype, part) for name, part in value.items()})
+    return value
 
 
 def _refuse(words: str, *args: Any, **kwargs: Any) -> None:
