@@ -97,6 +97,17 @@ def test_same_ids_as_the_torch_engine(beams: dict[str, Any], options: dict[str, 
         assert torch.equal(found, _slow(folders[key]).generate(**batch, **beams, **options)), key
 
 
+def test_the_length_penalty_is_a_double(folders: dict[Any, Path]) -> None:
+    """As in transformers: lengths are raised to it in Python, and only the result is rounded."""
+    native = _opened(folders["bart", "8-8-8"]).native
+    source = [np.arange(4, 12, dtype=np.int32)]
+    for length in range(3, 12):
+        call: dict[str, Any] = dict(threads=1, start_token=2, max_length=length + 1, num_beams=2)
+        (plain,), sums, _ = native.generate(source, length_penalty=0.0, **call)
+        (row,), scores, _ = native.generate(source, length_penalty=8.3, **call)
+        assert np.array_equal(row, plain) and scores[0] == sums[0] / np.float32(length**8.3)
+
+
 _models: dict[Path, tuple[Any, Any]] = {}
 
 

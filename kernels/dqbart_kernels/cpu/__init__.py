@@ -36,8 +36,8 @@ class _Options(ctypes.Structure):
             "begin_suppress_at",
         )
     ] + [
-        (name, ctypes.c_float) for name in ("length_penalty", "repetition_penalty", "temperature", "top_p")
-    ] + [("seed", ctypes.c_uint64)]  # fmt: skip
+        (name, ctypes.c_float) for name in ("repetition_penalty", "temperature", "top_p")
+    ] + [("length_penalty", ctypes.c_double)] + [("seed", ctypes.c_uint64)]  # fmt: skip
 
 
 _ON_TOKEN = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_int32, ctypes.c_int32)
@@ -228,7 +228,7 @@ class Model:
             num_beams, num_return_sequences, max_length, min_length, no_repeat_ngram_size,
             EARLY_STOPPING[early_stopping], do_sample, top_k, start_token,
             -1 if forced_bos_token is None else forced_bos_token, -1 if forced_eos_token is None else forced_eos_token,
-            1 if forced_bos_token is None else 2, length_penalty, repetition_penalty, temperature, top_p, seed,
+            1 if forced_bos_token is None else 2, repetition_penalty, temperature, top_p, length_penalty, seed,
         )  # fmt: skip
         if not (temperature > 0 and 0 < top_p <= 1 and repetition_penalty > 0):
             raise ValueError(

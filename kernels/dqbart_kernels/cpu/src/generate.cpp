@@ -154,7 +154,7 @@ class Beams {
 
  private:
   float divisor_of(int length) const {
-    return static_cast<float>(std::pow(static_cast<double>(length), static_cast<double>(o_.length_penalty)));
+    return static_cast<float>(std::pow(static_cast<double>(length), o_.length_penalty));
   }
   bool all_finished() const {
     return std::all_of(is_finished_.begin(), is_finished_.end(), [](bool f) { return f; });

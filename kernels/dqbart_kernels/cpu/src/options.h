@@ -12,7 +12,8 @@ struct Options {
   int32_t no_repeat_ngram_size, early_stopping, do_sample, top_k;
   int32_t start_token, forced_bos_token, forced_eos_token;  // forced: -1 for none
   int32_t begin_suppress_at;                                // length at which begin_suppress_tokens holds
-  float length_penalty, repetition_penalty, temperature, top_p;
+  float repetition_penalty, temperature, top_p;
+  double length_penalty;  // as transformers, which raises lengths to it in Python
   uint64_t seed;
 };
 
