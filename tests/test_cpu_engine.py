@@ -97,6 +97,58 @@ def test_same_ids_as_the_torch_engine(beams: dict[str, Any], options: dict[str, 
         assert torch.equal(found, _slow(folders[key]).generate(**batch, **beams, **options)), key
 
 
+NO_ENDS = {"eos_token_id": None, "max_length": 12}
+STRANGE: list[dict[str, Any]] = [
+    # fewer texts than beams: what transformers fills up with
+    {"forced_bos_token_id": 4, "forced_eos_token_id": 2, "max_length": 3},
+    {"forced_bos_token_id": 4, "forced_eos_token_id": 2, "max_length": 3, "length_penalty": 0.0},
+    {"suppress_tokens": list(range(5, 120)), "no_repeat_ngram_size": 1, **NO_ENDS},
+    # suppressed after it was forced
+    {"forced_eos_token_id": 2, "begin_suppress_tokens": [2], "max_length": 2},
+    # beam search takes a padding id of 0 for none
+    {"pad_token_id": 0, "eos_token_id": [2, 98]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("options", STRANGE, ids=lambda o: "+".join(o))
+def test_strange_settings_give_what_transformers_gives(
+    options: dict[str, Any], beams: int, count: int, folders: dict[Any, Path]
+) -> None:
+    fast, slow = _pair(folders["bart", "2-2-8"])
+    call = token_batch(LENGTHS) | options | {"num_beams": beams, "num_return_sequences": min(count, beams)}
+    assert torch.equal(fast.generate(**call), slow.generate(**call))
+
+
+def test_rows_without_a_text_are_said(folders: dict[Any, Path]) -> None:
+    rows, scores, _ = _opened(folders["bart", "2-2-8"]).native.generate(
+        [np.arange(3, 9, dtype=np.int32)], threads=1, start_token=2, max_length=3, eos=[2], num_beams=3,
+        num_return_sequences=3, forced_bos_token=5, forced_eos_token=2,
+    )  # fmt: skip
+    assert [row.tolist() for row in rows] == [[2, 5, 2], [2], [2]] and scores.tolist() == [0, -1e9, -1e9]
+
+
+@pytest.mark.parametrize("name", ["forced_bos_token_id", "forced_eos_token_id"])
+def test_a_forced_token_that_is_suppressed_meets_transformers_own_words(name: str, folders: dict[Any, Path]) -> None:
+    words = []
+    for model in _pair(folders["bart", "2-2-8"]):
+        with pytest.raises(ValueError, match=f"{name}.*is also in `suppress_tokens`") as caught:
+            model.generate(**token_batch([9]), suppress_tokens=[7], max_length=6, **{name: 7})
+        words.append(str(caught.value))
+    assert words[0] == words[1]
+
+
+def test_begin_suppress_tokens_and_a_forced_end_stay_native(
+    folders: dict[Any, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    fast = opened(folders["bart", "2-2-8"])
+    fast.generate(**token_batch([9]), forced_eos_token_id=2, begin_suppress_tokens=[2], max_length=6, num_beams=2)
+    assert not caplog.text
+    fast.generate(**token_batch([9]), forced_eos_token_id=2, begin_suppress_tokens=[2], max_length=2)
+    assert "a forced token that is suppressed" in caplog.text
+
+
 def test_the_length_penalty_is_a_double(folders: dict[Any, Path]) -> None:
     """As in transformers: lengths are raised to it in Python, and only the result is rounded."""
     native = _opened(folders["bart", "8-8-8"]).native

@@ -90,6 +90,7 @@ def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
 OPTIONS: list[dict[str, Any]] = [
     {}, {"min_length": 6, "no_repeat_ngram_size": 2}, {"repetition_penalty": 1.4, "bad_words_ids": [[7], [8, 9]]},
     {"forced_bos_token_id": 5, "forced_eos_token_id": 2, "max_length": 7}, {"eos_token_id": [2, 40, 41]},
+    {"forced_bos_token_id": 5, "forced_eos_token_id": 2, "max_length": 3},
 ]  # fmt: skip
 BEAMS: list[dict[str, Any]] = [
     {"num_beams": 1},
@@ -106,6 +107,25 @@ def test_same_ids_as_transformers(beams: dict[str, Any], options: dict[str, Any]
     fast, slow = pair
     batch = {name: x.to(DEVICE) for name, x in token_batch([9, 3], seed=len(options)).items()}
     assert torch.equal(fast.generate(**batch, **beams, **options), slow.generate(**batch, **beams, **options))
+
+
+@pytest.mark.parametrize("allowed", [(5,), (5, 6), (2, 5)])
+def test_fewer_texts_than_beams(allowed: tuple[int, ...], pair: Any) -> None:
+    """What transformers then makes of equal scores is its own."""
+    fast, slow = pair
+    call: dict[str, Any] = {name: x.to(DEVICE) for name, x in token_batch([9, 3]).items()}
+    call |= {"suppress_tokens": [token for token in range(120) if token not in allowed], "max_length": 4}
+    for beams, count in ((3, 3), (5, 4)):
+        settings = {"num_beams": beams, "num_return_sequences": count}
+        assert torch.equal(fast.generate(**call, **settings), slow.generate(**call, **settings))
+
+
+def test_rows_without_a_text_are_said(pair: Any) -> None:
+    rows, scores, _ = pair[0].native.generate(
+        [np.arange(3, 9, dtype=np.int32)], start_token=2, max_length=3, eos=[2], num_beams=3, num_return_sequences=3,
+        forced_bos_token=5, forced_eos_token=2,
+    )  # fmt: skip
+    assert [row.tolist() for row in rows] == [[2, 5, 2], [2], [2]] and scores.tolist() == [0, -1e9, -1e9]
 
 
 def test_alone_as_in_a_batch_and_again(pair: Any) -> None:

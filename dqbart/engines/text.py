@@ -156,7 +156,11 @@ class TextModel:
         reason = self._unsupported(settings, rest, mask, streamer)
         if reason is not None:
             return self._in_torch(reason, inputs, generation_config, kwargs)
-        return self._run(ids, mask, settings, streamer, seed)
+        found = self._run(ids, mask, settings, streamer, seed)
+        if found is None:
+            reason = "what transformers writes where the tokens that may come run out"
+            return self._in_torch(reason, inputs, generation_config, kwargs)
+        return found
 
     def _in_torch(self, reason: str, inputs: Any, generation_config: Any, call: dict[str, Any]) -> Any:
         """transformers' own loop; tensors go to the device and ids come back to where they came from."""
@@ -210,6 +214,11 @@ class TextModel:
             rows = value if name == "bad_words_ids" and isinstance(value, list) else [value]
             if value is not None and not (rows and all(map(_are_ids, rows))):
                 return f"{name} {value!r}"
+        bos, eos = settings.forced_bos_token_id, settings.forced_eos_token_id
+        begins = settings.max_length == (2 if bos is None else 3)  # begin_suppress_tokens meet the last token
+        suppressed = [*(settings.suppress_tokens or ()), *((begins and settings.begin_suppress_tokens) or ())]
+        if bos in suppressed or eos in suppressed:
+            return "a forced token that is suppressed"
         ends = settings._eos_token_tensor
         if settings.num_beams > (most := self.runner.most_beams(0 if ends is None else ends.numel())):
             return f"more than {most} beams"
@@ -225,6 +234,10 @@ class TextModel:
         return [token for token in tokens if 0 <= token < self.config.vocab_size]
 
     def _run(self, ids: Any, mask: Any, settings: Any, streamer: Any, seed: int | None) -> Any:
+        """The ids; None where beam search found fewer texts than are asked for.
+
+        transformers fills these rows with whatever its topk makes of equal scores of -1e9.
+        """
         options = {name: value for name in _SAME if (value := getattr(settings, name, None)) is not None}
         options |= {
             ours: value for name, ours in _RENAMED.items() if (value := getattr(settings, name, None)) is not None
@@ -248,11 +261,15 @@ class TextModel:
                 streamer.put(torch.tensor([token]))
                 return False
 
-        rows, _, _ = self.runner.generate(sources, start_token=start, eos=ends, on_token=on_token, **options)
+        rows, scores, _ = self.runner.generate(sources, start_token=start, eos=ends, on_token=on_token, **options)
         if streamer is not None:
             streamer.end()
-        pad = settings._pad_token_tensor
-        fill = int(pad) if pad is not None else ends[0] if ends else -1
+        if settings.num_beams > 1 and scores.min() <= -1e9:
+            return None
+        pad, end = settings._pad_token_tensor, settings._eos_token_tensor
+        fill = -1 if pad is None else int(pad)
+        if settings.num_beams > 1 and fill == 0 and end is not None:  # transformers takes a padding id of 0 for none
+            fill = int(end.reshape(-1)[0])
         out = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.int64)
         for i, row in enumerate(rows):
             out[i, : len(row)] = torch.from_numpy(row.astype(np.int64))

@@ -220,6 +220,7 @@ class Model:
     ) -> tuple[list[I32], F32, bool]:
         """Token ids per sequence from the start token on, scores of beam search, and whether it ran to its end.
 
+        Where fewer texts than `num_return_sequences` could be written, the others are a start token of score -1e9.
         `on_token(sequence, token)` is called as tokens are chosen, without beams; a true answer stops. Lengths count
         the start token. The interpreter's lock is released meanwhile.
         """

@@ -74,7 +74,8 @@ class Search:
         self.numbers.copy_(torch.tensor(numbers, dtype=torch.int32))
         tokens = np.maximum(1, np.arange(len(self.divisor_T), dtype=np.float64))
         self.divisor_T.copy_(torch.from_numpy((tokens**length_penalty).astype(np.float32)))
-        self.score_R.view(b, beams).copy_(torch.tensor([0.0] + [VERY_LOW.value] * (beams - 1)))
+        # all rows of a source say the same: the first one goes on
+        self.score_R.view(b, beams).copy_(torch.tensor([0.0] + [-torch.inf] * (beams - 1)))
         self.ended_score_BN.fill_(VERY_LOW.value)
         self.ended_BN.fill_(-1)
         self.improvable_B.fill_(1)

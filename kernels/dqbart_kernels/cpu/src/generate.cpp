@@ -72,7 +72,7 @@ static bool generate_single(Passes& passes, const Options& o, const Lists& lists
 class Beams {
  public:
   Beams(const Options& options, const Lists& lists) : o_(options), lists_(lists) {
-    running_.resize(1);  // the others would start at -1e9 and lose to every continuation of the first
+    running_.resize(1);  // all beams would say the same
     running_[0].tokens = {o_.start_token};
     finished_.assign(o_.num_beams, {{}, {}, kVeryLow});
     is_finished_.assign(o_.num_beams, false);
