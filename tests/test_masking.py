@@ -258,8 +258,9 @@ def test_rate_zero_is_tinyberts_general_stage() -> None:
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "sentence"])
 def test_what_is_scored_on_masked_words_has_seen_some(method: str, tmp_path: Path) -> None:
     recipe = Recipe(method=method, task="text", max_source_length=66, mask_rate=0.4)
-    task, texts = PlainText(recipe, bert()), PlainTexts([[SPELT] * 60], "text")
-    task.adapt(tiny_encoder("bert"), new_head=False)
+    teacher = tiny_encoder("bert")
+    task, texts = PlainText(recipe, bert(), teacher), PlainTexts([[SPELT] * 60], "text")
+    task.adapt(teacher, new_head=False)
     items, collator = task.training_set(texts, None, tmp_path)
     batch = collator(list(items))
     looks_at_words = bool({"task", "logits"} & recipe.terms.keys())

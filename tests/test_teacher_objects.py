@@ -14,7 +14,7 @@ import dqbart
 def test_a_head_trained_elsewhere_is_kept(method: str, bert: Path, tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(bert)
     assert model.config.architectures == ["BertForMaskedLM"]  # from_pretrained leaves it
-    recipe = dqbart.Recipe(bits="32-32-32", method=method, epochs=0, float_dtype="float32")  # type: ignore[arg-type]
+    recipe = dqbart.Recipe(bits="32-32-32", method=method, epochs=0)  # type: ignore[arg-type]
     result = dqbart.compress(model, tokenizer=bert_tokenizer(), recipe=recipe, output=tmp_path / "out")
     assert torch.equal(result.load().classifier.weight, model.classifier.weight)
     assert model.config.architectures == ["BertForMaskedLM"]  # the user's own stays as it is
