@@ -10,16 +10,18 @@ from dqbart.recipe import METRICS, SHAPE, USUAL, WRITES, Recipe
 
 # Low bits rebuild weights instead of rounding them, and want a larger step (TBT's scripts, ParetoQ).
 LEARNING_RATE = {1: 2.5e-4, 2: 3e-4, 3: 1.5e-4, 4: 1e-4, 8: 5e-5, 32: 5e-5}
+# Layers that an encoder-decoder leaves out are more to make up for than any rounding (benchmarks/README.md, "Quality").
+FEWER_LAYERS = 3e-4
 
 
 def resolve(recipe: Recipe, config: Any, task: str | None = None, student: Any = None) -> Recipe:
     """The recipe, with what depends on the teacher's transformers config: task, metric, layers, learning rate, lengths.
 
-    `task`: the teacher's, where the recipe doesn't say. `student`: the config of what the student starts as, if
-    that is no copy. Lengths are cut to the positions that the model has.
-    The rate is a base by weight bits, times sqrt(768 / width): narrow models take larger steps
-    (4+4 layers of width 256 did best near 5e-4 at two bits). Raises `ValueError` where method, task and losses
-    are for other models, and for a key that nothing would read. What it gives, it gives back unchanged.
+    `task`: the teacher's, where the recipe doesn't say. `student`: the config of what the student starts as, if that is
+    no copy. Lengths are cut to the positions that the model has. The rate is a base by weight bits and by whether
+    layers are left out, times sqrt(768 / width): narrow models take larger steps (4+4 layers of width 256 did best near
+    5e-4 at two bits). Raises `ValueError` where method, task and losses are for other models, and for a key that
+    nothing would read. What it gives, it gives back unchanged.
     """
     task = recipe.task or task or ("seq2seq" if config.is_encoder_decoder else "text")
     _check_family(recipe, config, task)
@@ -42,6 +44,8 @@ def resolve(recipe: Recipe, config: Any, task: str | None = None, student: Any =
         low = min(recipe.bits.weights, recipe.bits.embeddings)
         width = recipe.hidden_size or (config if student is None else student).hidden_size
         base = METHODS[recipe.method].learning_rate if low == 32 else LEARNING_RATE[low]
+        if config.is_encoder_decoder and student is None and recipe.layers not in (None, own):
+            base = max(base, FEWER_LAYERS)
         changes["learning_rate"] = float(f"{base * (768 / width) ** 0.5:.2g}")
     resolved = dataclasses.replace(recipe, **changes)
     _check_unread(resolved, config, positions)

@@ -24,6 +24,12 @@ def test_resolve_reads_the_teachers_config() -> None:
     assert resolve(Recipe(bits="8-8-8"), narrow).learning_rate == 2.4e-4
     assert resolve(Recipe(bits="8-1-8"), base).learning_rate == 2.5e-4  # the lowest bits decide
     assert resolve(Recipe(bits="32-32-32"), narrow).layers == Layers("3-2")
+    for bits in ("8-8-8", "1-1-8", "32-32-32"):  # layers that are left out take as large a step as two bits
+        assert resolve(Recipe(bits=bits, layers="6-3"), base).learning_rate == 3e-4
+        assert resolve(Recipe(bits=bits, layers="6-5"), base).learning_rate < 3e-4
+        assert resolve(Recipe(bits=bits), base, student=BartConfig(encoder_layers=3)).learning_rate < 3e-4
+    bert = tiny_encoder("bert").config
+    assert resolve(Recipe(bits="8-8-8", layers="2"), bert).learning_rate == 2.4e-4  # of encoders nothing was measured
     for kind in ("bert", "distilbert", "albert"):
         assert resolve(Recipe(), tiny_encoder(kind).config).layers == Layers("3")
     assert Recipe.from_dict(recipe.to_dict()) == recipe
