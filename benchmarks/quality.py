@@ -64,8 +64,8 @@ def start(cell: Cell, cells: Sequence[Cell], ledger: Ledger, args: argparse.Name
     teacher = None if cell.is_teacher else next(c for c in cells if c.is_teacher and c.key["task"] == cell.key["task"])
     orders = {
         "key": cell.key, "recipe": cell.recipe, "teacher": str(cell.teacher), "data": str(cell.data),
-        "test_examples": cell.test_examples, "teacher_folder": str(teacher.folder(args.work)) if teacher else None,
-        "keep": args.keep, "jobs": args.jobs, "run": ledger.own,
+        "test_examples": cell.test_examples, "train_examples": cell.train_examples, "keep": args.keep,
+        "teacher_folder": str(teacher.folder(args.work)) if teacher else None, "jobs": args.jobs, "run": ledger.own,
     }  # fmt: skip
     (folder / "cell.json").write_text(json.dumps(orders), encoding="utf-8")
     threads = str(args.threads or max(1, (os.cpu_count() or 1) // args.jobs))

@@ -2,10 +2,10 @@
 
     python benchmarks/quality_cell.py FOLDER
 
-FOLDER/cell.json says what to do: key, recipe, teacher, data, test_examples, teacher_folder (that of the teacher's own
-cell), keep, jobs. It leaves outputs.jsonl, report.json (of a student) and, last and in one piece, row.json. Stopped by
-SIGTERM while it trains, it saves a checkpoint; the same command goes on. Rejected: a function in a process pool, where
-one process killed for its memory takes the others with it.
+FOLDER/cell.json says what to do: key, recipe, teacher, data, test_examples, train_examples, teacher_folder (that
+of the teacher's own cell), keep, jobs. It leaves outputs.jsonl, report.json (of a student) and, last and in one piece,
+row.json. Stopped by SIGTERM while it trains, it saves a checkpoint; the same command goes on. Rejected: a function in a
+process pool, where one process killed for its memory takes the others with it.
 """
 
 import json
@@ -58,8 +58,9 @@ def _student(cell: Row, recipe: Recipe, folder: Path, device: str) -> Row:
     beside = Path(cell["teacher_folder"])
     teacher = json.loads((beside / "row.json").read_text(encoding="utf-8"))
     dev = load_rows(cell["data"], split="validation")[: recipe.dev_subset]
+    train = load_rows(cell["data"], split="train")[:most] if (most := cell["train_examples"]) else cell["data"]
     result = dqbart.compress(
-        cell["teacher"], cell["data"] if recipe.max_steps else None, dev_data=dev, recipe=recipe,
+        cell["teacher"], train if recipe.max_steps else None, dev_data=dev, recipe=recipe,
         output=folder / "model", device=device,
     )  # fmt: skip
     model, tokenizer = dqbart.load(result.folder, device=device), AutoTokenizer.from_pretrained(result.folder)

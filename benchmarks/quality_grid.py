@@ -30,6 +30,7 @@ SCORING = (
     "metric", "language", "source_lang", "target_lang", "source_prefix", "source_column", "target_column",
     "max_source_length", "max_target_length", "generation", "eval_batch_size",
 )  # fmt: skip
+COUNTS = ("test_examples", "train_examples")  # of a task, in the order of Cell
 Row = dict[str, Any]
 
 
@@ -42,6 +43,7 @@ class Cell:
     teacher: Path
     data: Path
     test_examples: int | None
+    train_examples: int | None = None
     refused: str = ""
 
     @property
@@ -62,6 +64,8 @@ class Cell:
         if self.is_teacher:
             recipe = {name: recipe.get(name) for name in SCORING}
         known = [recipe, fingerprint(self.data), self.test_examples, teacher]
+        if self.train_examples and not self.is_teacher:  # absent from older hashes
+            known.append(self.train_examples)
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
 
     def folder(self, work: Path) -> Path:
@@ -80,7 +84,10 @@ def read_grid(path: Path, teachers: Path, data: Path, steps_scale: float = 1.0, 
     distillation: Row = {DISTILLED: {}} | _mapping(f"{path}: distillation", grid.get("distillation"))
     everywhere = _mapping(f"{path}: cuda", grid.get("cuda")) if cuda else {}
     for name, task in tasks.items():
-        _mapping(f"{path}: task {name!r}", task, ["teacher", "data", "recipe"], ["test_examples"])
+        _mapping(f"{path}: task {name!r}", task, ["teacher", "data", "recipe"], [*COUNTS])
+        for which in COUNTS:
+            if not isinstance(task.get(which, 1), int) or task.get(which, 1) < 1:
+                raise ValueError(f"{path}: task {name!r}: {which} {task[which]!r}: expected a count above 0")
     cells: dict[tuple[Any, ...], Cell] = {}
     for number, block in enumerate(_axis(str(path), "blocks", grid["blocks"]), 1):
         where = f"{path}: block {number}"
@@ -96,7 +103,7 @@ def read_grid(path: Path, teachers: Path, data: Path, steps_scale: float = 1.0, 
         for values in itertools.product(*axes):
             key = dict(zip(KEYS, values, strict=True))
             task = tasks[key["task"]]
-            places = teachers / task["teacher"], data / task["data"], task.get("test_examples")
+            places = teachers / task["teacher"], data / task["data"], task.get(COUNTS[0]), task.get(COUNTS[1])
             recipe = _mapping(f"{path}: recipe of {key['task']!r}", task["recipe"]) | everywhere
             scoring = {name: value for name, value in recipe.items() if name in SCORING}
             for changes in (numerics[key["numerics"]], distillation[key["distillation"]], block.get("recipe")):

@@ -117,6 +117,7 @@ def test_the_same_cell_twice_is_one(places: Path) -> None:
         ({"tasks": {"copy": {"teacher": "small", "data": "pairs"}}}, "task 'copy': no 'recipe'"),
         ({"tasks": {"copy": TASK | {"recipe": {"epochs": 3}}}}, "block 1: task 'copy' has no max_steps"),
         ({"tasks": {"copy": TASK | {"recipe": {"max_steps": 4, "bach_size": 8}}}}, "did you mean 'batch_size'"),
+        ({"tasks": {"copy": TASK | {"train_examples": -5}}}, "train_examples -5: expected a count above 0"),
         ({"blocks": []}, "no 'blocks'"),
         ({"blocks": [block(bits="2-2-8")]}, "bits '2-2-8': expected a list"),
         ({"blocks": [block(bits=["2-2"])]}, "bits '2-2': expected W-E-A"),
@@ -143,6 +144,10 @@ def test_settings_tell_rows_apart(places: Path, teacher_folder: Path) -> None:
     assert [slug for slug in after if after[slug] == before[slug]] == ["copy_teacher"]
     decoding = GRID | {"tasks": {"copy": TASK | {"recipe": {"max_steps": 40, "generation": {"num_beams": 3}}}}}
     assert cells_of(decoding, places)[0].settings != before["copy_teacher"]
+    fewer = {
+        cell.slug: cell.settings for cell in cells_of(GRID | {"tasks": {"copy": TASK | {"train_examples": 9}}}, places)
+    }
+    assert [slug for slug in fewer if fewer[slug] == before[slug]] == ["copy_teacher"]
     other = places / "teachers" / "other"
     other.mkdir()
     for file in teacher_folder.iterdir():
@@ -313,6 +318,7 @@ def test_a_cell_that_cannot_be_says_why(places: Path, capfd: pytest.CaptureFixtu
     (places / "row.json").write_text(json.dumps({"score": 1.0, "generation": {}}))
     orders = {"recipe": {"layers": "9-9", "max_steps": 4}, "teacher": str(places / "teachers" / "small"), "keep": False}
     orders |= {"data": str(places / "data" / "pairs"), "teacher_folder": str(places), "jobs": 1, "test_examples": None}
+    orders |= {"train_examples": None}
     (places / "cell.json").write_text(json.dumps(orders))
     assert quality_cell.main(places) == 1
     last = capfd.readouterr().err.splitlines()[-1]
@@ -323,6 +329,7 @@ def test_a_cell_that_cannot_be_says_why(places: Path, capfd: pytest.CaptureFixtu
 def test_a_whole_run_stopped_and_continued(places: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Ctrl-C while a cell trains; the same command goes on from its checkpoint."""
     task = TASK | {"recipe": {"max_steps": 150, "batch_size": 4, "evaluations": 1, "dev_subset": 4}, "test_examples": 8}
+    task |= {"train_examples": 40}
     (places / "grid.yaml").write_text(yaml.safe_dump({"tasks": {"copy": task}, "blocks": [block()]}))
     words = [str(places / "grid.yaml"), "--teachers", str(places / "teachers"), "--data", str(places / "data")]
     words += ["--work", str(places / "work"), "--out", str(places / "out.json"), "--threads", "1"]
@@ -346,7 +353,8 @@ def test_a_whole_run_stopped_and_continued(places: Path, capfd: pytest.CaptureFi
     assert row["teacher_bytes"] == teacher["file_bytes"] and row["interval"] == row["intervals"]["rougeL"]
     kept = {file.name for file in log.parent.iterdir()}
     assert kept == {"cell.json", "log.txt", "outputs.jsonl", "report.json", "row.json"}
-    assert row["file_bytes"] == json.loads((log.parent / "report.json").read_text())["sizes"]["file_bytes"]
+    report = json.loads((log.parent / "report.json").read_text())
+    assert row["file_bytes"] == report["sizes"]["file_bytes"] and report["data"]["train"] == 40
     assert quality.main([*words, "--list"]) == 0
     assert "done            copy_2-2-8_2-1_integer_distilled_28" in capfd.readouterr().out
 
