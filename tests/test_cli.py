@@ -145,6 +145,10 @@ def test_wrong_use_is_one_line_and_exit_code_2(
         (["generate", "small", "--text", "x", "--device", "gpu"], "device 'gpu': expected 'cpu' or 'cuda', or"),
         (["bench", "small", "--device", "gpu"], "device 'gpu': expected 'cpu'"),
         (["bench", "small", "--threads", "0"], "threads 0: expected at least 1"),
+        (
+            ["eval", "small", "--data", "folder", "--split", "spring"],
+            "split 'spring': expected one of train, validation",
+        ),
         (["eval", "nowhere/", "--data", "d.csv"], "model 'nowhere/': no such folder; expected a checkpoint folder or"),
         (
             ["compress", "small/", "--data", "none.txt", "--out", "x"],
@@ -159,6 +163,7 @@ def test_what_other_verbs_refuse(
     monkeypatch.chdir(tmp_path)
     Path("d.csv").write_text("source,target\nthe cat,a dog\n")
     Path("small").symlink_to(packed)
+    Path("folder").mkdir()
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.splitlines()[-1].startswith("dqbart: error: ") and words in captured.err

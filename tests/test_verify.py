@@ -338,6 +338,7 @@ def test_refuses_configs_that_build_something_else(folder: Path, field: str, val
         ('{"decoder_start_token_id": 2147483648}', "decoder_start_token_id 2147483648: not a value that generate"),
         ('{"bad_words_ids": [[3], [-1]]}', "bad_words_ids"),
         ('{"num_beams": "4"}', "num_beams '4'"),
+        ('{"num_beams": 0}', "num_beams 0: not a value that generate takes"),
         ('{"length_penalty": {}}', "length_penalty {}"),
         ('{"early_stopping": "soon"}', "early_stopping 'soon'"),
     ],

@@ -139,7 +139,8 @@ def _fits(name: str, value: Any, default: Any, vocabulary: int) -> bool:
     if isinstance(default, bool) or name.startswith("output_"):
         return isinstance(value, bool)
     if isinstance(default, int) or name in ("max_new_tokens", "min_new_tokens"):
-        return type(value) is int and 0 <= value < 2**31
+        low = 1 if name in ("num_beams", "num_return_sequences") else 0
+        return type(value) is int and low <= value < 2**31
     return not isinstance(default, float) or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
