@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from dqbart.packed import hook
 
 if TYPE_CHECKING:
+    from dqbart.dense import export
     from dqbart.engines import load
     from dqbart.extraction import extract
     from dqbart.notation import Bits, Layers
     from dqbart.pipeline import compress
     from dqbart.recipe import Recipe
 
-__all__ = ["Bits", "Layers", "Recipe", "compress", "extract", "load"]
+__all__ = ["Bits", "Layers", "Recipe", "compress", "export", "extract", "load"]
 __version__ = "0.1.0"
 
 _HOME = {
@@ -27,6 +28,7 @@ _HOME = {
     "Layers": "dqbart.notation",
     "Recipe": "dqbart.recipe",
     "compress": "dqbart.pipeline",
+    "export": "dqbart.dense",
     "extract": "dqbart.extraction",
     "load": "dqbart.engines",
 }

@@ -71,6 +71,12 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", dest="output", required=True, help="folder to write")
     verb.set_defaults(run=run_extract)
 
+    verb = verbs.add_parser("export", help="a packed folder as an ordinary float checkpoint, for other programs")
+    verb.add_argument("folder", metavar="FOLDER", help="a packed folder")
+    verb.add_argument("--out", dest="output", required=True, help="folder to write")
+    verb.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (float32)")
+    verb.set_defaults(run=run_export)
+
     verb = verbs.add_parser("augment", help="more training rows: words replaced by what a masked language model says")
     verb.add_argument("model", help="folder or hub id of a fill-mask checkpoint")
     verb.add_argument("--data", required=True, help="as for compress; its training split is read")
@@ -208,6 +214,15 @@ def run_extract(args: argparse.Namespace) -> dict[str, Any]:
     summary = result.summary() | {"subnetwork": result.report["subnetwork"]}
     del summary["seconds"]  # of the training that it was cut from
     return summary
+
+
+def run_export(args: argparse.Namespace) -> dict[str, Any]:
+    from dqbart.dense import export
+
+    output = export(args.folder, output=args.output, dtype=args.dtype)
+    size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    print(f"{output}: {size / 2**20:.1f} MiB, float: scores may differ, 'dqbart eval {output}' tells")
+    return {"output": str(output), "file_bytes": size}
 
 
 def run_augment(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"demo", "doctor", "extraction"},
+    {"demo", "dense", "doctor", "extraction"},
     {"pipeline"},
     {"run", "tasks"},
     {"distill", "evaluation"},

@@ -217,6 +217,8 @@ def test_a_packed_sub_network(kind: str, bits: str, tmp_path: Path, caplog: pyte
         assert any("attention with 2 of 4 heads: it runs all of them" in r.getMessage() for r in caplog.records)
         with pytest.raises(ValueError, match="engine 'cpu' can't run .*attention with 2 of 4 heads"):
             dqbart.load(folder, engine="cpu")
+    with pytest.raises(ValueError, match="2 of 4 heads a layer, which transformers' own classes have no setting for"):
+        dqbart.export(folder, output=tmp_path / "float")
     twice = save_packed(packed, tmp_path / "again")
     with torch.no_grad():
         assert torch.equal(load_packed(twice)(**batch).logits, want)
