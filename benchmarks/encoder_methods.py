@@ -19,6 +19,7 @@ on it and exit code 1. The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -31,7 +32,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from encoder_methods_cells import STUDIES, Cell, Data, Shape, Study, cells, in_order, quantized
+from encoder_methods_cells import STUDIES, Cell, Data, Grown, Shape, Study, cells, in_order, quantized
 from encoder_methods_tables import best
 from encoder_methods_tables import table as table  # where every benchmark has it
 from ledger import RESULTS, Ledger, resumable
@@ -53,11 +54,14 @@ class Workshop:
     def folder(self, cell: Cell) -> Path:
         return self.work / re.sub("[ ,]+", "-", cell.name) / cell.settings
 
-    def model(self, model: Cell | Shape, texts: Data) -> Path:
+    def model(self, model: Cell | Shape | Grown, texts: Data) -> Path:
         """The folder of a finished cell, or of random weights; `texts`: what the tokenizer is made of."""
         if isinstance(model, Cell):
             return self.folder(model)
         start = self.work / "start"
+        if isinstance(model, Grown):
+            few, layers = self.folder(model.of), model.layers
+            return self._once(start / f"{few.name}-{layers}", lambda folder: grow(few, layers, folder))
         words = self._once(
             start / f"tokenizer-{model.vocabulary}-{texts.rows[0] or 'all'}",
             lambda folder: train_tokenizer(self.rows(texts), model, folder),
@@ -165,6 +169,21 @@ def random_bert(shape: Shape, tokenizer: Path, folder: Path) -> None:
     model = BertForMaskedLM(config)
     look_beside_(model)
     model.save_pretrained(folder)
+
+
+def grow(few: Path, layers: int, folder: Path) -> None:
+    """A BERT of so many layers: those of another one, repeated from the first on."""
+    from transformers import AutoTokenizer, BertForMaskedLM
+
+    source = BertForMaskedLM.from_pretrained(few)
+    config = copy.deepcopy(source.config)
+    config.num_hidden_layers = layers
+    model, there = BertForMaskedLM(config), source.bert.encoder.layer
+    model.load_state_dict(source.state_dict(), strict=False)
+    for number, layer in enumerate(model.bert.encoder.layer):
+        layer.load_state_dict(there[number % len(there)].state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(few).save_pretrained(folder)
 
 
 def look_beside_(model: Any) -> None:

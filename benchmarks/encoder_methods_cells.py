@@ -5,6 +5,9 @@ change of one number it must be plain which of them are old. Method: a cell hold
 fingerprint is that of everything that went into it; a changed one is run again, and what stands on it. Rejected: one
 name for the whole study, which would train the teacher anew because fine-tuning got other steps.
 
+The teacher grows: few layers learn to read, then they are repeated and learn on (progressive stacking, Gong et al.,
+ICML 2019). Twelve layers of random weights, LayerNorm behind each, hardly learn more in the same time than four.
+
 The order is one of value: the narrow students on all tasks, the ablation once, students of the teacher's width, then
 the ablation's other seeds. A run that is ended early has the best of it.
 """
@@ -13,7 +16,10 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+from dqbart.recipe import Recipe
 
 FLOAT = "32-32-32"
 METHODS = ("scratch", "minilm", "minilm2", "tinybert", "distilbert")
@@ -29,7 +35,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "no augmentation": {},
     "no general stage": {},
 }
-TEXT_RATE, DEEP_TEXT_RATE = 1e-3, 4e-4  # on text; of twelve layers, LayerNorm behind each
+TEXT_RATE = 1e-3  # on text, of three or four layers; of n times as many, divided by the root of n
 DROPOUT = 0.1  # on tasks; text is seen about once
 SEED = 28  # of everything that is not repeated
 TASK_RATE = 3e-4  # on tasks, as BERT's small models like it: at 1e-4 the teacher gets 35 % of clinc150, not 62
@@ -48,6 +54,14 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{self.layers} x {self.width}"
+
+
+@dataclass(frozen=True)
+class Grown:
+    """As a cell's model, that of another one with its layers repeated from the first on, up to so many."""
+
+    of: "Cell"
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -71,17 +85,19 @@ class Cell:
     """
 
     name: str
-    model: "Cell | Shape"
+    model: "Cell | Shape | Grown"
     data: Data
     steps: tuple[int, ...]
     recipe: dict[str, Any]
     shown: dict[str, Any]
     student: "Cell | Shape | None" = None
 
-    @property
+    @cached_property
     def settings(self) -> str:
-        """A fingerprint of this cell and of all below it."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:10]
+        """A fingerprint of this cell, the defaults of its method among it, and of all below it."""
+        made = [(stage.to_dict(), stage.terms) for stage in Recipe.from_dict(self.recipe).stages()]
+        known = [repr(self), repr(made), *(cell.settings for cell in self.needs)]
+        return hashlib.sha256("".join(known).encode()).hexdigest()[:10]
 
     @property
     def title(self) -> str:
@@ -90,17 +106,20 @@ class Cell:
 
     @property
     def needs(self) -> list["Cell"]:
-        return [cell for cell in (self.model, self.student, self.data.writer) if isinstance(cell, Cell)]
+        model = self.model.of if isinstance(self.model, Grown) else self.model
+        return [cell for cell in (model, self.student, self.data.writer) if isinstance(cell, Cell)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Sizes of everything. Steps are optimizer steps, of `batch` blocks of text or of 32 labelled texts."""
+    """Sizes of everything. Steps are optimizer steps, of `batch` blocks of text or of 32 labelled texts; those of the
+    teacher go by its layers, which grow.
+    """
 
     teacher: Shape
     narrow: Shape
     batch: int
-    teacher_steps: int
+    teacher_steps: dict[int, int]
     student_steps: int
     mask_rate: float = 0.15
     task_steps: dict[str, int]  # of fine-tuning, and of TinyBERT's predictions
@@ -117,7 +136,9 @@ class Study:
     without: tuple[str, ...] = tuple(ABLATION)
 
     def __str__(self) -> str:
-        return f"teacher {self.teacher}, {self.teacher_steps:,} steps; students {self.student_steps:,} steps"
+        return (
+            f"teacher {self.teacher}, {sum(self.teacher_steps.values()):,} steps; students {self.student_steps:,} steps"
+        )
 
     def shape(self, name: str) -> Shape:
         """Of the students: `narrow`, or `wide`, which has the teacher's width."""
@@ -129,10 +150,11 @@ class Study:
             raise ValueError(f"--steps {factor!r}: expected a factor above 0, such as 0.5")
         changes: dict[str, Any] = {
             name: max(1, round(getattr(self, name) * factor))
-            for name in ("teacher_steps", "student_steps", "inner_steps", "quantized_steps")
+            for name in ("student_steps", "inner_steps", "quantized_steps")
         }
-        task_steps = {task: max(1, round(steps * factor)) for task, steps in self.task_steps.items()}
-        return dataclasses.replace(self, **changes, task_steps=task_steps)
+        for name in ("teacher_steps", "task_steps"):
+            changes[name] = {of: max(1, round(steps * factor)) for of, steps in getattr(self, name).items()}
+        return dataclasses.replace(self, **changes)
 
 
 def _shape(layers: int, width: int, heads: int, vocabulary: int = 8000, length: int = 128) -> Shape:
@@ -141,20 +163,23 @@ def _shape(layers: int, width: int, heads: int, vocabulary: int = 8000, length: 
 
 STUDIES = {
     "quick": Study(
-        teacher=_shape(4, 48, 2, 1000, 32), narrow=_shape(2, 32, 2, 1000, 32), batch=4, teacher_steps=4,
+        teacher=_shape(4, 48, 2, 1000, 32), narrow=_shape(2, 32, 2, 1000, 32), batch=4,
+        teacher_steps={2: 2, 4: 2},
         student_steps=2, task_steps={"rt-polarity": 3}, inner_steps=2, quantized_steps=2,
         ablation_tasks=("rt-polarity",), rows=(60, 20, 30), texts=(40, 4, 0), augmented=3, variants=2, seeds=(1,),
         shapes=("narrow",), without=("no hidden loss", "no prediction loss", "no general stage"),
     ),
-    # two cores, in bf16: half an epoch of text for the teacher, a quarter for a student
+    # two cores, in bf16: two epochs of text for the teacher, a quarter for a student
     "small": Study(
-        teacher=_shape(12, 192, 4, length=64), narrow=_shape(4, 128, 4, length=64), batch=16, teacher_steps=6000,
-        student_steps=3000, mask_rate=0.3, task_steps={"clinc150": 1500, "rt-polarity": 800, "blimp": 1500},
+        teacher=_shape(12, 192, 4, length=64), narrow=_shape(4, 128, 4, length=64), batch=16,
+        teacher_steps={3: 8000, 6: 5000, 12: 8000},
+        student_steps=3000, mask_rate=0.3, task_steps={"clinc150": 4000, "rt-polarity": 800, "blimp": 2500},
         inner_steps=1000, quantized_steps=1000, ablation_tasks=("clinc150",),
     ),
     # one GPU, in bf16: fourteen epochs and seven
     "gpu": Study(
-        teacher=_shape(12, 256, 4), narrow=_shape(4, 128, 4), batch=128, teacher_steps=10_000, student_steps=5000,
+        teacher=_shape(12, 256, 4), narrow=_shape(4, 128, 4), batch=128,
+        teacher_steps={3: 3000, 6: 3000, 12: 5000}, student_steps=5000,
         task_steps={"clinc150": 4000, "rt-polarity": 2000, "blimp": 4000}, inner_steps=3000, quantized_steps=2000,
         ablation_tasks=("clinc150", "rt-polarity"), rows=(None, None, None), augmented=10_000,
     ),
@@ -166,13 +191,18 @@ class _Maker:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self.teacher = self.text(
-            "teacher", study.teacher, study.teacher_steps, "finetune", "teacher", study.teacher,
-            learning_rate=DEEP_TEXT_RATE,
-        )  # fmt: skip
+        self.teacher: Cell
+        first = min(study.teacher_steps)
+        for layers, steps in study.teacher_steps.items():
+            shape = dataclasses.replace(study.teacher, layers=layers)
+            self.teacher = self.text(
+                "teacher" if shape == study.teacher else f"teacher of {layers} layers",
+                shape if layers == first else Grown(self.teacher, layers), steps, "finetune", "teacher", shape,
+                learning_rate=TEXT_RATE * (first / layers) ** 0.5,
+            )  # fmt: skip
 
     def text(
-        self, name: str, model: Cell | Shape, steps: int, method: str, label: str, shape: Shape,
+        self, name: str, model: Cell | Shape | Grown, steps: int, method: str, label: str, shape: Shape,
         student: Shape | None = None, **more: Any,
     ) -> Cell:  # fmt: skip
         """On plain text: the teacher, and the students before they see a task."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import encoder_methods
 import pytest
 import torch
-from encoder_methods import Workshop, is_done, lengths, look_beside_, recipe_of, sample
+from encoder_methods import Workshop, grow, is_done, lengths, look_beside_, recipe_of, sample
 from encoder_methods_cells import (
     ABLATION,
     METHODS,
@@ -104,14 +104,17 @@ def test_a_change_touches_what_stands_on_it_and_nothing_else() -> None:
     other = dataclasses.replace(SMALL, task_steps=SMALL.task_steps | {"blimp": 7})
     changed = {name for name, cell in by_name(other).items() if cell.settings != before[name].settings}
     assert changed and all(name.startswith("blimp/") for name in changed)
-    longer = by_name(dataclasses.replace(SMALL, teacher_steps=7))
+    longer = by_name(dataclasses.replace(SMALL, teacher_steps=SMALL.teacher_steps | {3: 7}))
     same = {name for name, cell in longer.items() if cell.settings == before[name].settings}
     assert same and all("scratch" in name for name in same)
 
 
 def test_steps_by_a_factor() -> None:
     half = SMALL.times(0.5)
-    assert half.teacher_steps == SMALL.teacher_steps / 2 and half.task_steps["blimp"] == SMALL.task_steps["blimp"] / 2
+    assert (
+        half.teacher_steps[3] == SMALL.teacher_steps[3] / 2
+        and half.task_steps["blimp"] == SMALL.task_steps["blimp"] / 2
+    )
     assert min(SMALL.times(1e-9).task_steps.values()) == 1 and str(half) != str(SMALL)
     with pytest.raises(ValueError, match=r"--steps -1: expected a factor above 0, such as 0\.5"):
         SMALL.times(-1)
@@ -180,6 +183,23 @@ def test_folders_have_plain_names(tmp_path: Path) -> None:
         assert not set(str(shop.folder(cell))) & set(" ,'")
     with pytest.raises(FileNotFoundError, match="no such folder; --data is the folder of all data sets"):
         shop.rows(Data("no-such-set"))
+
+
+def test_a_teacher_grows_by_its_own_layers(tmp_path: Path) -> None:
+    few = BertForMaskedLM(
+        BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    )
+    few.save_pretrained(tmp_path / "few")
+    (tmp_path / "few" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\nc\nd\n")
+    grow(tmp_path / "few", 5, tmp_path / "many")
+    many = BertForMaskedLM.from_pretrained(tmp_path / "many")
+    assert many.config.num_hidden_layers == 5
+    state = few.state_dict()
+    for name, tensor in many.state_dict().items():
+        parts = name.split(".")
+        if "layer" in parts:
+            parts[3] = str(int(parts[3]) % 2)
+        assert torch.equal(tensor, state[".".join(parts)]), name
 
 
 def rows_of(scores: dict[str, list[float]], **more: object) -> list[dict[str, object]]:
@@ -267,5 +287,6 @@ def test_only_names_cells_and_what_they_stand_on(
     monkeypatch.setattr(sys, "argv", ["encoder_methods.py", *words])
     assert encoder_methods.main() == 0
     assert capsys.readouterr().out.splitlines() == [
-        "missing text teacher", "missing text narrow/minilm2", "missing task blimp/narrow/minilm2/3",
+        "missing text teacher of 3 layers", "missing text teacher of 6 layers", "missing text teacher",
+        "missing text narrow/minilm2", "missing task blimp/narrow/minilm2/3",
     ]  # fmt: skip
