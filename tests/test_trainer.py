@@ -365,6 +365,25 @@ def test_the_best_student_is_kept_and_loaded(tmp_path: Path, capsys: pytest.Capt
     assert "step 6/12  dev: rouge1 50.00  rougeL 31.25" in shown.err and shown.out == ""
 
 
+def test_speed_counts_what_is_read(tmp_path: Path) -> None:
+    """Source and target; of an encoder its input, whose labels are no text of their own."""
+
+    class Nothing:
+        def begin(self, model: Any) -> None: ...
+
+        def __call__(self, *_: Any) -> Any:
+            return torch.zeros(()), {}, None
+
+    batch = {"input_ids": torch.zeros(2, 7), "labels": torch.zeros(2, 5)}
+    for model, count in ((tiny_seq2seq("bart"), 24), (tiny_encoder("bert"), 14)):
+        found = DistillationTrainer(
+            model=model, teacher=model, objective=Nothing(), train_dataset=examples(),
+            args=training_arguments(Recipe(**SMALL), tmp_path, 9, "cpu"), data_collator=Collator(1),
+        )  # fmt: skip
+        found.compute_loss(model, batch)
+        assert found.means()["tokens"] == count
+
+
 def test_the_best_score_survives_a_restart(tmp_path: Path) -> None:
     first = make(tmp_path, lambda model: rouge(rougeL=40.0))
     first.add_callback(At(4, lambda: os.kill(os.getpid(), signal.SIGINT), begin=True))

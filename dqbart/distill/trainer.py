@@ -97,6 +97,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.folder = Path(args.output_dir).parent
         self._sums: dict[str, Tensor] = {}
         self._seen = [0, 0]  # micro-batches and tokens since the last log line
+        self._read = ("input_ids", "labels") if model.config.is_encoder_decoder else ("input_ids",)
         self.order = torch.Generator()  # of examples; Progress seeds it at each epoch
         self.remove_callback(PrinterCallback)
         self.add_callback(Progress(self))
@@ -113,7 +114,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         for name, term in (terms | {"loss": total}).items():
             self._sums[name] = self._sums.get(name, 0) + term.detach()
         self._seen[0] += 1
-        self._seen[1] += sum(inputs[name].numel() for name in ("input_ids", "labels") if name in inputs)
+        self._seen[1] += sum(inputs[name].numel() for name in self._read)
         return (total, output) if return_outputs else total
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
