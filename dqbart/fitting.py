@@ -18,10 +18,10 @@ def resolve(recipe: Recipe, config: Any, task: str | None = None, student: Any =
     """The recipe, with what depends on the teacher's transformers config: task, metric, layers, learning rate, lengths.
 
     `task`: the teacher's, where the recipe doesn't say. `student`: the config of what the student starts as, if that is
-    no copy. Lengths are cut to the positions that the model has. The rate is a base by weight bits and by whether
-    layers are left out, times sqrt(768 / width): narrow models take larger steps (4+4 layers of width 256 did best near
-    5e-4 at two bits). Raises `ValueError` where method, task and losses are for other models, and for a key that
-    nothing would read. What it gives, it gives back unchanged.
+    no copy. Lengths are cut to the positions that the model has. The rate is a base by weight bits, by method and by
+    whether layers are left out, times sqrt(768 / width): narrow models take larger steps (4+4 layers of width 256 did
+    best near 5e-4 at two bits). Raises `ValueError` where method, task and losses are for other models, and for a key
+    that nothing would read. What it gives, it gives back unchanged.
     """
     task = recipe.task or task or ("seq2seq" if config.is_encoder_decoder else "text")
     _check_family(recipe, config, task)
@@ -44,6 +44,8 @@ def resolve(recipe: Recipe, config: Any, task: str | None = None, student: Any =
         low = min(recipe.bits.weights, recipe.bits.embeddings)
         width = recipe.hidden_size or (config if student is None else student).hidden_size
         base = METHODS[recipe.method].learning_rate if low == 32 else LEARNING_RATE[low]
+        if student is None:  # MiniLM and DistilBERT make one, which takes more than rounding does
+            base = max(base, METHODS[recipe.method].learning_rate)
         if config.is_encoder_decoder and student is None and recipe.layers not in (None, own):
             base = max(base, FEWER_LAYERS)
         changes["learning_rate"] = float(f"{base * (768 / width) ** 0.5:.2g}")

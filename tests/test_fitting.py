@@ -51,6 +51,10 @@ def test_methods_know_their_models() -> None:
         resolve(Recipe(hidden_size=16), decoder)
     found = resolve(Recipe(method="minilm", bits="32-32-32"), encoder, "text")
     assert (found.task, found.metric, found.layers, found.learning_rate) == ("text", "accuracy", Layers("3"), 2.4e-3)
+    for bits in ("8-8-8", "2-2-8"):  # a student that is made takes more than one that is rounded
+        assert resolve(Recipe(method="minilm", bits=bits), encoder, "text").learning_rate == 2.4e-3
+    given = resolve(Recipe(method="minilm", bits="8-8-8"), encoder, "text", student=encoder)
+    assert given.learning_rate == 2.4e-4
     roberta = tiny_encoder("roberta").config  # positions begin after the padding token's
     assert resolve(Recipe(), roberta).max_source_length == 62
 
