@@ -10,7 +10,7 @@ from dqbart.recipe import METRICS, SHAPE, USUAL, WRITES, Recipe
 
 # Low bits rebuild weights instead of rounding them, and want a larger step (TBT's scripts, ParetoQ).
 LEARNING_RATE = {1: 2.5e-4, 2: 3e-4, 3: 1.5e-4, 4: 1e-4, 8: 5e-5, 32: 5e-5}
-# Layers that an encoder-decoder leaves out are more to make up for than any rounding (benchmarks/README.md, "Quality").
+# Layers that are left out are more to make up for than any rounding (benchmarks/README.md, "Quality", "What failed").
 FEWER_LAYERS = 3e-4
 
 
@@ -46,7 +46,7 @@ def resolve(recipe: Recipe, config: Any, task: str | None = None, student: Any =
         base = METHODS[recipe.method].learning_rate if low == 32 else LEARNING_RATE[low]
         if student is None:  # MiniLM and DistilBERT make one, which takes more than rounding does
             base = max(base, METHODS[recipe.method].learning_rate)
-        if config.is_encoder_decoder and student is None and recipe.layers not in (None, own):
+        if student is None and recipe.layers not in (None, own):
             base = max(base, FEWER_LAYERS)
         changes["learning_rate"] = float(f"{base * (768 / width) ** 0.5:.2g}")
     resolved = dataclasses.replace(recipe, **changes)

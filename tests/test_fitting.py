@@ -29,7 +29,8 @@ def test_resolve_reads_the_teachers_config() -> None:
         assert resolve(Recipe(bits=bits, layers="6-5"), base).learning_rate < 3e-4
         assert resolve(Recipe(bits=bits), base, student=BartConfig(encoder_layers=3)).learning_rate < 3e-4
     bert = tiny_encoder("bert").config
-    assert resolve(Recipe(bits="8-8-8", layers="2"), bert).learning_rate == 2.4e-4  # of encoders nothing was measured
+    assert resolve(Recipe(bits="8-8-8", layers="2"), bert).learning_rate == 1.5e-3
+    assert resolve(Recipe(bits="8-8-8"), bert).learning_rate == 2.4e-4
     for kind in ("bert", "distilbert", "albert"):
         assert resolve(Recipe(), tiny_encoder(kind).config).layers == Layers("3")
     assert Recipe.from_dict(recipe.to_dict()) == recipe
