@@ -25,7 +25,7 @@ RECIPE_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "epochs": (float, "passes over the data; 0 quantizes without training"),
     "max_steps": (int, "optimizer steps, of each part of a method, in place of epochs"),
     "batch_size": (int, "examples per step and process"),
-    "learning_rate": (float, "peak learning rate (by bits and width)"),
+    "learning_rate": (float, "peak learning rate (by bits, method, depth and width)"),
     "source_column": (str, "column of the inputs (guessed)"),
     "pair_column": (str, "column of second texts, for tasks on pairs (guessed)"),
     "target_column": (str, "column of outputs or labels (guessed; without outputs the teacher writes them)"),

@@ -46,8 +46,8 @@ def resolve(recipe: Recipe, config: Any, task: str | None = None, student: Any =
         base = METHODS[recipe.method].learning_rate if low == 32 else LEARNING_RATE[low]
         if student is None:  # MiniLM and DistilBERT make one, which takes more than rounding does
             base = max(base, METHODS[recipe.method].learning_rate)
-        if student is None and recipe.layers not in (None, own):
-            base = max(base, FEWER_LAYERS)
+            if recipe.layers not in (None, own):
+                base = max(base, FEWER_LAYERS)
         changes["learning_rate"] = float(f"{base * (768 / width) ** 0.5:.2g}")
     resolved = dataclasses.replace(recipe, **changes)
     _check_unread(resolved, config, positions)

@@ -88,7 +88,7 @@ class Recipe:
     prediction_epochs: float = 3.0  # of a method's second part, where it has one
     label_epochs: float = 0.0  # of DynaBERT's third part, on labels alone
     max_steps: int = 0  # of each part; above 0 it wins over epochs
-    learning_rate: float | None = None  # None: by bits and width, see fitting.py
+    learning_rate: float | None = None  # None: by bits, method, depth and width, see fitting.py
     batch_size: int = 32
     gradient_accumulation: int = 1
     warmup_ratio: float = 0.05

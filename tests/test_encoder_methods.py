@@ -111,10 +111,8 @@ def test_a_change_touches_what_stands_on_it_and_nothing_else() -> None:
 
 def test_steps_by_a_factor() -> None:
     half = SMALL.times(0.5)
-    assert (
-        half.teacher_steps[3] == SMALL.teacher_steps[3] / 2
-        and half.task_steps["blimp"] == SMALL.task_steps["blimp"] / 2
-    )
+    assert half.teacher_steps[3] == SMALL.teacher_steps[3] / 2
+    assert half.task_steps["blimp"] == SMALL.task_steps["blimp"] / 2
     assert min(SMALL.times(1e-9).task_steps.values()) == 1 and str(half) != str(SMALL)
     with pytest.raises(ValueError, match=r"--steps -1: expected a factor above 0, such as 0\.5"):
         SMALL.times(-1)
