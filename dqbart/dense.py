@@ -29,7 +29,7 @@ def export(folder: str | Path, *, output: str | Path, dtype: str = "float32") ->
     import torch
 
     from dqbart.engines import load_model
-    from dqbart.packed.plain import is_plain
+    from dqbart.packed.plain import is_plain, write_float
     from dqbart.quant.narrow import FIELD
 
     folder, output = Path(folder), Path(os.path.abspath(output))
@@ -50,7 +50,7 @@ def export(folder: str | Path, *, output: str | Path, dtype: str = "float32") ->
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
         staged = Path(scratch) / output.name
         shutil.copytree(folder, staged, ignore=shutil.ignore_patterns(*_LEFT))
-        dense.save_pretrained(staged)
+        write_float(dense, staged)
         if output.exists():
             output.rmdir()
         os.replace(staged, output)

@@ -50,7 +50,10 @@ def resolve(recipe: Recipe, config: Any, task: str | None = None, student: Any =
                 base = max(base, FEWER_LAYERS)
         changes["learning_rate"] = float(f"{base * (768 / width) ** 0.5:.2g}")
     resolved = dataclasses.replace(recipe, **changes)
-    _check_unread(resolved, config, positions)
+    unset: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(recipe)}
+    unset |= USUAL | {"generation": {}} | METHODS[recipe.method].settings
+    unset["max_target_length"] = min(unset["max_target_length"], positions - 1)  # as a resolved recipe has it
+    check_unread(resolved, config, unset)
     return resolved
 
 
@@ -83,8 +86,11 @@ def _check_family(recipe: Recipe, config: Any, task: str) -> None:
         )
 
 
-def _check_unread(recipe: Recipe, config: Any, positions: int) -> None:
-    """A key that nothing would read is refused: whoever gives it expects something of it. The recipe is resolved."""
+def check_unread(recipe: Recipe, config: Any, unset: dict[str, Any]) -> None:
+    """A key that nothing would read is refused: whoever gives it expects something of it.
+
+    `recipe` is resolved; `unset`: the keys in question, and their values where nobody gives them. Raises `ValueError`.
+    """
     method, task, stages = METHODS[recipe.method], recipe.task, recipe.stages()
     learned, told = (any(name in stage.terms for stage in stages) for name in BOTH)
     guessed = told and recipe.logits_loss == "kl" and task != "regression"
@@ -114,12 +120,9 @@ def _check_unread(recipe: Recipe, config: Any, positions: int) -> None:
         "skip probability_bits float_dtype": (quantized, "bits other than 32-32-32"),
         "quantize_heads": (quantized and not config.is_encoder_decoder, "encoders with bits other than 32-32-32"),
     }
-    unset: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(recipe)}
-    unset |= USUAL | {"generation": {}} | method.settings
-    unset["max_target_length"] = min(unset["max_target_length"], positions - 1)  # as a resolved recipe has it
     for names, (is_read, reader) in readers.items():
         for name in names.split():
-            if not is_read and getattr(recipe, name) != unset[name]:
+            if not is_read and name in unset and getattr(recipe, name) != unset[name]:
                 raise ValueError(f"{name} {getattr(recipe, name)!r}: only {reader} would read it; leave it out")
 
 

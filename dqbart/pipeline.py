@@ -98,6 +98,7 @@ def compress(
     from dqbart.distill.objective import open_objective
     from dqbart.packed.checkpoint import check_generation_config
     from dqbart.packed.gate import check_in_fresh_process
+    from dqbart.packed.plain import write_float
     from dqbart.student.depth import stack_maps
     from dqbart.tasks import elastic, open_task
     from dqbart.teacher import load_student, load_teacher
@@ -139,7 +140,7 @@ def compress(
         staged = pack(small, tokenizer_for(small, tokenizer), recipe, run.work / "packed")
         task.complete(staged)
         if recipe.elastic and recipe.bits.quantized:
-            small.save_pretrained(staged / ELASTIC)
+            write_float(small, staged / ELASTIC)
         gate = check_in_fresh_process(small.to("cpu"), staged, model_inputs(small, task.probe(small, dev or train)))
     say(f"gate: a fresh process gives logits within {gate['max_logit_difference']:.1e}{_and_ids(gate)}")
     report = _report(model, recipe, maps, staged, gate) | {"student": start is not None}

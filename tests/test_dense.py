@@ -44,6 +44,7 @@ def test_a_translation_model(packed: Path, tmp_path: Path, capsys: pytest.Captur
     names = {file.name for file in (tmp_path / "dense").iterdir()}
     assert names == {file.name for file in packed.iterdir()} - {"recipe.yaml", "report.json", "README.md"}
     assert not list(tmp_path.glob(".*"))
+    assert len({(tmp_path / "dense" / name).stat().st_mode for name in ("model.safetensors", "config.json")}) == 1
 
 
 def test_half_precision(packed: Path, tmp_path: Path) -> None:

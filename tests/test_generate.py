@@ -209,6 +209,13 @@ def test_bad_settings(overrides: dict[str, Any], words: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_checkpoint_with_a_bad_setting() -> None:
+    model = bart()
+    model.generation_config.length_penalty = "2"
+    with pytest.raises(ValueError, match="length_penalty '2': expected float"):
+        effective_generation(model)
+
+
 # --- languages
 
 

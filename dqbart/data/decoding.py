@@ -55,9 +55,11 @@ def effective_generation(
     defaults = {k: v for k, v in GenerationConfig._get_default_generation_params().items() if v is not None}
     known = {k for k in GenerationConfig().to_dict().keys() | defaults.keys() if not k.startswith("_")}
     for name, value in overrides.items():
-        _check_override(name, value, known, defaults)
+        _check_name(name, value, known)
 
     saved = {k: v for k, v in model.generation_config.to_dict().items() if v is not None and k in known}
+    for name, value in (saved | overrides).items():
+        _check_type(name, value, defaults)
     for pair in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         for chosen, other in (pair, pair[::-1]):
             if overrides.get(chosen) is not None and other in saved:
@@ -87,13 +89,16 @@ def effective_generation(
     return dict(sorted(settings.items()))
 
 
-def _check_override(name: str, value: Any, known: Any, defaults: Settings) -> None:
+def _check_name(name: str, value: Any, known: Any) -> None:
     if name not in known:
         close = difflib.get_close_matches(str(name), known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"generation setting {name!r}: {hint}expected a name of transformers' GenerationConfig")
     if name in _REFUSED and value != _REFUSED[name]:
         raise ValueError(f"generation setting {name} {value!r}: one text is written per source; leave it out")
+
+
+def _check_type(name: str, value: Any, defaults: Settings) -> None:
     kind = int if name in ("max_new_tokens", "min_new_tokens") else type(defaults.get(name))
     if value is None and name not in defaults or kind not in (int, float, bool):
         return

@@ -28,7 +28,7 @@ class SentenceEncoder:
     """
 
     def __init__(self, model: Any, tokenizer: Any, pooling: Pooling) -> None:
-        config = model.config
+        config = self.config = model.config
         positions = getattr(config, "max_position_embeddings", None)
         if config.is_encoder_decoder or positions is None:
             raise ValueError(f"model type {config.model_type!r}: expected an encoder with positions, such as BERT")

@@ -5,6 +5,7 @@ teacher assistant) or as what its student starts as. recipe.yaml beside the weig
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,18 @@ def save_plain(model: Any, folder: str | Path, *, recipe: str, tokenizer: Any = 
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder}: exists and is not empty; choose another folder")
-    model.save_pretrained(folder)
+    write_float(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
     return folder
+
+
+def write_float(model: Any, folder: Path) -> None:
+    """The files of transformers' `save_pretrained`, weights as readable as config.json, not by their owner alone."""
+    model.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", file)
 
 
 def is_plain(folder: str | Path) -> bool:

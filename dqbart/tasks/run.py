@@ -10,9 +10,9 @@ from typing import Any
 
 from dqbart.data.columns import sample
 from dqbart.evaluation.metrics import Score
-from dqbart.fitting import resolve
+from dqbart.fitting import check_unread, resolve
 from dqbart.packed.json_file import read_json
-from dqbart.recipe import WRITES, Recipe
+from dqbart.recipe import Recipe
 from dqbart.tasks import open_task
 from dqbart.teacher import load_teacher, task_of
 
@@ -72,9 +72,9 @@ def evaluate(
         "source_lang": source_lang, "target_lang": target_lang, "language": language, "eval_batch_size": batch_size,
         "generation": recipe.generation | (generation or {}),
     }  # fmt: skip
-    if generation and recipe.task not in WRITES:
-        raise ValueError(f"generation {generation}: task {recipe.task!r} writes nothing; leave it out")
+    own = {name: getattr(recipe, name) for name in changes}
     recipe = dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})
+    check_unread(recipe, model.config, own)
     work = open_task(recipe, tokenizer, model, folder)
     if not (Path(folder) / "recipe.yaml").is_file():
         model = work.adapt(model, new_head=False)  # a checkpoint without a head for the task got one made at random
