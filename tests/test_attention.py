@@ -9,7 +9,14 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from dqbart.distill.capture import attention_kinds, capture_attention
-from dqbart.quant.attention import AttentionRecord, attention, listening, quantize_attention, use_attention
+from dqbart.quant.attention import (
+    AttentionRecord,
+    _fixed_point_mixture,
+    attention,
+    listening,
+    quantize_attention,
+    use_attention,
+)
 from dqbart.quant.layers import prepare
 from dqbart.quant.quantizers import PaperQuantizer, Quantizer
 
@@ -249,6 +256,23 @@ def test_wide_heads_stay_exact(bits: int) -> None:
     a, s = Quantizer(8).quantize(q)
     b, t = Quantizer(8).quantize(k)
     assert torch.equal(records[0].scores, (a.long() @ b.long().transpose(2, 3)).float() * s * t.transpose(2, 3))
+
+
+@pytest.mark.parametrize("keys", [1, 700, 1032, 1101])
+@pytest.mark.parametrize("spread", [0.0, 3.0])
+def test_sums_over_keys_are_exact(keys: int, spread: float) -> None:
+    """At their largest (equal scores, values of one sign) and with all digits in use; 1,032 keys fill fp32."""
+    scores = torch.randn(1, 2, 3, keys, generator=torch.Generator().manual_seed(keys)) * spread
+    parts = (scores - scores.amax(-1, keepdim=True)).exp()
+    value = torch.full((1, 2, keys, 4), 1.5)
+    value[..., 1:] += torch.linspace(0, 1, keys)[:, None] * spread
+    total = (parts * 2.0**30).long().sum(-1, keepdim=True).double()
+    codes, scale = Quantizer(8).quantize(value)
+    weights = parts * scale.transpose(2, 3)
+    top = weights.amax(-1, keepdim=True)
+    integers = (weights * (top.reciprocal() * 127 * 257)).round().long()
+    expected = (integers @ codes.long()).double() * (top.double() * (2.0**30 / (127 * 257)) / total)
+    assert torch.equal(_fixed_point_mixture(parts, total, value), expected.float())
 
 
 # Invariance: what one example gives never depends on its batch mates, on padding, or on cached decoding.

@@ -96,12 +96,10 @@ def attention(
 
     if settings is None:
         scores = query @ key.transpose(2, 3) * scaling
-        values = value
     elif settings.numerics == "paper":
         scores = _TENSOR.fake(query * scaling) @ _TENSOR.fake(key).transpose(2, 3)
-        values = _TENSOR.fake(value)
     else:
-        scores, values = _integer_scores(query, key, scaling, exact), _ROW.fake(value)
+        scores = _integer_scores(query, key, scaling, exact)
 
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -116,15 +114,15 @@ def attention(
     weights = F.dropout(probabilities, p=dropout, training=module.training)
 
     if settings is None:
-        output = weights @ values
+        output = weights @ value
     elif settings.numerics == "paper":
-        output = (_TENSOR.fake(weights) if settings.probability_bits == 8 else weights) @ values
+        output = (_TENSOR.fake(weights) if settings.probability_bits == 8 else weights) @ _TENSOR.fake(value)
     elif settings.probability_bits == 8:
         output = _quantized_mixture(weights, value)
     elif parts is not None:
         output = _fixed_point_mixture(parts, total, value)
     else:
-        output = weights @ values
+        output = weights @ _ROW.fake(value)
     return output.transpose(1, 2).contiguous(), probabilities
 
 
@@ -135,12 +133,12 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _integer_scores(query: Tensor, key: Tensor, scaling: float, exact: bool) -> Tensor:
-    """(q . k) s_q s_k scaling: the integer sum is below 127 * 127 * D < 2^24, exact in fp32, for D <= 1040."""
+    """(q . k) s_q s_k scaling, the sum over D exact."""
     if not exact:
         return _ROW.fake(query) @ _ROW.fake(key).transpose(2, 3) * scaling
     q, q_scale = _ROW.quantize_float(query)
     k, k_scale = _ROW.quantize_float(key)
-    dots = (q @ k.transpose(2, 3)) if q.size(-1) <= 1040 else (q.double() @ k.double().transpose(2, 3)).float()
+    dots = _integer_product(q, k.transpose(2, 3)).float()
     return (dots.mul_(q_scale).mul_(k_scale.transpose(2, 3)) * scaling).to(query.dtype)
 
 
@@ -152,21 +150,28 @@ def _quantized_mixture(weights_BHQK: Tensor, value_BHKD: Tensor) -> Tensor:
         scaled = _ROW.fake(weights_BHQK * scale.transpose(2, 3))
         return scaled @ (_ROW.fake(value_BHKD) / scale)
     left, left_scale = _ROW.quantize_float(weights_BHQK * scale.transpose(2, 3))
-    # Exact: |sum| < 2^53 in float64, and at most 127 * 127 * K.
-    return ((left.double() @ codes.double()).float() * left_scale).to(value_BHKD.dtype)
+    return (_integer_product(left, codes).float() * left_scale).to(value_BHKD.dtype)
 
 
 def _fixed_point_mixture(parts_BHQK: Tensor, total_BHQ1: Tensor, value_BHKD: Tensor) -> Tensor:
     """Sum over keys of exp(score - peak) v / total: 15-bit codes of exp(score - peak) s_v times V's integer codes.
 
-    `total`: the sum of exp(score - peak) 2^30, each rounded down. The sum of products is exact in float64.
+    `total`: the sum of exp(score - peak) 2^30, each rounded down. The sum of products is exact: one of each digit.
     """
     codes, scale = _ROW.quantize_float(value_BHKD)
     weights = parts_BHQK * scale.transpose(2, 3)
     top = weights.amax(-1, keepdim=True)
     weights.mul_(top.reciprocal() * _LARGEST_WEIGHT).round_()
+    high = weights.mul(2.0**-8).round_()
+    low = weights.sub_(high, alpha=256)
+    sums = _integer_product(high, codes).double().mul_(256).add_(_integer_product(low, codes))
     factor = top.double() * (2.0**30 / _LARGEST_WEIGHT) / total_BHQ1
-    return ((weights.double() @ codes.double()) * factor).to(value_BHKD.dtype)
+    return (sums * factor).to(value_BHKD.dtype)
+
+
+def _integer_product(left: Tensor, right: Tensor) -> Tensor:
+    """Of integers up to 128 and 127, exactly: sums of 1,032 products stay below 2^24, which fp32 holds."""
+    return left @ right if left.size(-1) <= 1032 else left.double() @ right.double()
 
 
 def register() -> None:

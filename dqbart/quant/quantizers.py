@@ -146,7 +146,7 @@ class PaperQuantizer(Quantizer):
         codes, scale = super().quantize_float(x)
         if self.scheme != "symmetric" or x.numel() == 0:
             return codes, scale
-        peak = x.float().abs().amax(-1, keepdim=True) if self.granularity == "row" else x.float().abs().amax()
+        peak = _largest(x.float()) if self.granularity == "row" else x.float().abs().amax()
         return codes, (self.qmax / peak.clamp(TINY, self.clip)).view(scale.shape)
 
     def values(self, codes: Tensor, scale: Tensor) -> Tensor:
@@ -154,9 +154,14 @@ class PaperQuantizer(Quantizer):
 
 
 def _symmetric(x: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
-    peak = x.abs().amax(-1, keepdim=True).clamp_min_(TINY)
+    peak = _largest(x).clamp_min_(TINY)
     # torch takes qmax / peak as (1 / peak) * qmax, and so do all engines; by a Python number it divides on CPUs alone
     return (x * (qmax / peak)).round_(), peak / torch.full_like(peak, qmax)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """max|x| over the last dimension. Without a tensor of |x| in between: that costs more to allocate than to fill."""
+    return torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())
 
 
 def _mean_magnitude(x: Tensor) -> Tensor:
