@@ -64,7 +64,7 @@ def evaluate(
 ) -> tuple[Score, list[dict[str, str]]]:
     """Score with interval, and every source, reference and output. `generation` is laid over the folder's own settings;
     `source_lang`, `target_lang`: mBART codes, `language`: of the references. Raises as the readers and metrics do, and
-    `ValueError` for a checkpoint that has no head for the task.
+    `ValueError` for a checkpoint that has no head for the task, and for what this task doesn't read.
     """
     model, tokenizer, recipe = open_model(folder, device, task)
     changes: dict[str, Any] = {
