@@ -12,6 +12,7 @@ from dqbart.distill.capture import attention_kinds, capture_attention
 from dqbart.quant.attention import (
     AttentionRecord,
     _fixed_point_mixture,
+    _quantized_mixture,
     attention,
     listening,
     quantize_attention,
@@ -273,6 +274,14 @@ def test_sums_over_keys_are_exact(keys: int, spread: float) -> None:
     integers = (weights * (top.reciprocal() * 127 * 257)).round().long()
     expected = (integers @ codes.long()).double() * (top.double() * (2.0**30 / (127 * 257)) / total)
     assert torch.equal(_fixed_point_mixture(parts, total, value), expected.float())
+
+
+def test_eight_bit_probabilities_stay_exact_under_autocast() -> None:
+    q, k, v = qkv(keys=40)
+    weights = (q @ k.transpose(2, 3)).softmax(-1)
+    expected = _quantized_mixture(weights, v)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(_quantized_mixture(weights, v), expected)
 
 
 # Invariance: what one example gives never depends on its batch mates, on padding, or on cached decoding.

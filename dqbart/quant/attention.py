@@ -171,7 +171,8 @@ def _fixed_point_mixture(parts_BHQK: Tensor, total_BHQ1: Tensor, value_BHKD: Ten
 
 def _integer_product(left: Tensor, right: Tensor) -> Tensor:
     """Of integers up to 128 and 127, exactly: sums of 1,032 products stay below 2^24, which fp32 holds."""
-    return left @ right if left.size(-1) <= 1032 else left.double() @ right.double()
+    with without_autocast(left.device):
+        return left @ right if left.size(-1) <= 1032 else left.double() @ right.double()
 
 
 def register() -> None:
