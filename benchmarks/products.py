@@ -114,6 +114,14 @@ def _no_native(device: torch.device) -> str | None:
     return "runs on CPU only" if device.type != "cpu" else cpu.reason()
 
 
+@functools.lru_cache(maxsize=1)
+def _result(m: int, n: int) -> Any:
+    """One for all copies of a weight: libraries get theirs from an allocator that gives them the same place again."""
+    import numpy as np
+
+    return np.empty((m, n), np.float32)
+
+
 def _native(codes_NK: Tensor, bits: int) -> tuple[Product, int]:
     """The native engine's product alone. The last activations stay loaded: in the engine they come with their sums."""
     import numpy as np
@@ -130,8 +138,9 @@ def _native(codes_NK: Tensor, bits: int) -> tuple[Product, int]:
 
     def product(a_MK: Tensor) -> Tensor:
         if loaded[0] is not a_MK:
-            scales, isa = (np.ones(n, np.float32), np.ones(len(a_MK), np.float32)), cpu.chosen_instruction_set()
-            made = NativeProduct(isa, packed, bits, scales[0], a_MK.numpy(), scales[1], torch.get_num_threads())
+            m, isa, threads = len(a_MK), cpu.chosen_instruction_set(), torch.get_num_threads()
+            w_scale, a_scale = np.ones(n, np.float32), np.ones(m, np.float32)
+            made = NativeProduct(isa, packed, bits, w_scale, a_MK.numpy(), a_scale, threads, _result(m, n))
             loaded[:] = a_MK, made
         return torch.from_numpy(loaded[1].run())
 

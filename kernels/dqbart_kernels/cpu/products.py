@@ -40,12 +40,13 @@ def quantize(isa: str, x_MK: F32) -> tuple[I8, F32, I32]:
 class Product:
     """y [M, N] = codes of activations [M, K] times weights; buffers are kept, so `run` only multiplies.
 
-    `packed`: what `pack` gives for a weight [N, K]; N is the length of its scales.
+    `packed`: what `pack` gives for a weight [N, K]; N is the length of its scales. `y_MN`: where to write (own memory).
     """
 
     def __init__(
-        self, isa: str, packed: U8, bits: int, w_scale_N: F32, a_MK: I8, a_scale_M: F32, threads: int = 1
-    ) -> None:
+        self, isa: str, packed: U8, bits: int, w_scale_N: F32, a_MK: I8, a_scale_M: F32, threads: int = 1,
+        y_MN: F32 | None = None,
+    ) -> None:  # fmt: skip
         self.isa, self.bits = isa.encode(), bits
         self.n = len(w_scale_N)
         self.m, self.k = a_MK.shape
@@ -53,11 +54,12 @@ class Product:
         self.packed = packed
         if packed.size != _load().dq_packed_bytes(self.n, self.k, bits):
             raise ValueError(f"{packed.size} packed bytes: not those of a weight {[self.n, self.k]} at {bits} bits")
-        self.a = np.zeros((self.m, self.lda), np.int8)
-        self.a[:, : self.k] = a_MK
+        self.a = a_MK
+        if self.k < self.lda:
+            self.a = np.pad(a_MK, ((0, 0), (0, self.lda - self.k)))
         self.total = self.a.sum(1, dtype=np.int32)
         self.w_scale, self.a_scale = np.ascontiguousarray(w_scale_N), np.ascontiguousarray(a_scale_M)
-        self.y = np.empty((self.m, self.n), np.float32)
+        self.y = np.empty((self.m, self.n), np.float32) if y_MN is None else y_MN
         self.threads = threads
 
     def run(self, activation: str | None = None, integers: bool = False) -> F32 | I32:
@@ -68,7 +70,7 @@ class Product:
                 self.isa, self.threads, self.n, self.k, self.bits, _pointer(self.packed, np.uint8),
                 _pointer(self.w_scale, np.float32, (self.n,)), self.m, _pointer(self.a, np.int8), self.lda,
                 _pointer(self.a_scale, np.float32, (self.m,)), _pointer(self.total, np.int32),
-                ACTIVATIONS[activation] if activation else 0, _pointer(self.y, np.float32),
+                ACTIVATIONS[activation] if activation else 0, _pointer(self.y, np.float32, (self.m, self.n)),
                 _pointer(exact, np.int32) if exact is not None else ctypes.c_void_p(),
             )
         )  # fmt: skip
