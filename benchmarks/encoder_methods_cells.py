@@ -15,7 +15,7 @@ the ablation's other seeds. A run that is ended early has the best of it.
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -123,6 +123,7 @@ class Study:
     student_steps: int
     mask_rate: float = 0.15
     task_steps: dict[str, int]  # of fine-tuning, and of TinyBERT's predictions
+    teacher_rates: dict[str, float] = field(default_factory=dict)  # on tasks, where it is not TASK_RATE
     inner_steps: int  # of TinyBERT's task stage before the predictions
     quantized_steps: int
     ablation_tasks: tuple[str, ...]
@@ -174,7 +175,7 @@ STUDIES = {
         teacher=_shape(12, 192, 4, length=64), narrow=_shape(4, 128, 4, length=64), batch=16,
         teacher_steps={3: 8000, 6: 5000, 12: 8000},
         student_steps=3000, mask_rate=0.3, task_steps={"clinc150": 4000, "rt-polarity": 800, "blimp": 2500},
-        inner_steps=1000, quantized_steps=1000, ablation_tasks=("clinc150",),
+        teacher_rates={"blimp": 1e-4}, inner_steps=1000, quantized_steps=1000, ablation_tasks=("clinc150",),
     ),
     # one GPU, in bf16: fourteen epochs and seven
     "gpu": Study(
@@ -255,7 +256,8 @@ class _Maker:
     def expert(self, task: str, seed: int | None = None) -> Cell:
         """The teacher, fine-tuned on a task; by default the one that students learn from."""
         seed = self.study.seeds[0] if seed is None else seed
-        return self.task("teacher", self.teacher, task, seed, str(self.study.teacher), "teacher")
+        rate = self.study.teacher_rates.get(task, TASK_RATE)
+        return self.task("teacher", self.teacher, task, seed, str(self.study.teacher), "teacher", learning_rate=rate)
 
     def both_stages(self, task: str, seed: int, general: Cell | Shape, name: str, **more: Any) -> Cell:
         """TinyBERT's task stage: a student of plain text, held to the teacher of the task on more data."""
