@@ -48,7 +48,7 @@ def serve(args: argparse.Namespace) -> None:
     losses = PAPER_LOSSES if args.losses == "all" else LossWeights()
     recipe = Recipe(bits=Bits(args.bits), losses=losses, bf16=args.bf16)
     layers = Layers(f"{config.encoder_layers}-{config.decoder_layers}")
-    student = make_student(teacher, layers)
+    student = make_student(teacher, layers).to(device)
     use_attention(teacher.requires_grad_(False))
     use_attention(student)
     if recipe.bits.quantized:

@@ -137,11 +137,12 @@ def compress(
             if not _distil(model, small, task, train, dev, stages, run, device):
                 return Result(output, {})  # another process of the same run does the rest
     with run.timed("packing"):
+        small.to("cpu")  # a GPU's kernels round some scales to another last bit, and the packed model would be another
         staged = pack(small, tokenizer_for(small, tokenizer), recipe, run.work / "packed")
         task.complete(staged)
         if recipe.elastic and recipe.bits.quantized:
             write_float(small, staged / ELASTIC)
-        gate = check_in_fresh_process(small.to("cpu"), staged, model_inputs(small, task.probe(small, dev or train)))
+        gate = check_in_fresh_process(small, staged, model_inputs(small, task.probe(small, dev or train)))
     say(f"gate: a fresh process gives logits within {gate['max_logit_difference']:.1e}{_and_ids(gate)}")
     report = _report(model, recipe, maps, staged, gate) | {"student": start is not None}
     if isinstance(teacher, str | Path) and not Path(teacher).exists():

@@ -41,7 +41,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Name, kernel, types of its pointers, constants, options of the launch."""
-    for m in (4, 64, 512):
+    for m in (4, 64, 1024):
         for bits in (8, 4, 2, 1) if m == 4 else (8, 2):
             tiles = products.choose_tiles(m, 3072, 768 * bits // 8, bits, 132)
             if m == 4 and bits == 2:
@@ -57,8 +57,8 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
     pointers = dict(x="fp32", weight="fp32", bias="fp32", h="fp32", codes="i8", scale="fp32")
     options = dict(num_warps=4, enable_fp_fusion=False)
     pointers_of_attention = dict(q="fp32", k="i8", k_scale="fp32", v="i8", v_scale="fp32", length="i32", out="fp32")
-    for br, keys, warps in ((16, 128, 4), (16, 512, 8), (16, 256, 8), (64, 64, 4)):
-        constants = dict(ONCE=keys in (128, 512), BR=br, BS=keys, BD=64)
+    for br, keys, warps in ((8, 1024, 8), (16, 512, 8), (8, 256, 8), (16, 256, 8), (64, 64, 4)):
+        constants = dict(ONCE=br * keys == attention.AT_ONCE, BR=br, BS=keys, BD=64)
         some = dict(num_warps=warps, enable_fp_fusion=False)
         yield f"attend {br} {keys}", attention._attend, pointers_of_attention, constants, some
     pointers_of_history = dict(

@@ -37,7 +37,7 @@ def by_the_torch_engine(q: Any, k: Any, v: Any, heads: int, scaling: float) -> A
 @pytest.mark.parametrize("heads, width", [(1, 8), (3, 64), (2, 80)])
 @pytest.mark.parametrize("rows", [1, 4, 20])
 @pytest.mark.parametrize("sharp", [0.3, 6.0])
-@pytest.mark.parametrize("at_once", [1024, 0])
+@pytest.mark.parametrize("at_once", [8192, 0])
 def test_attention_is_the_torch_engine_s_to_the_last_bit(
     heads: int, width: int, rows: int, sharp: float, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

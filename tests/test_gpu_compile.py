@@ -44,7 +44,7 @@ def test_products(made: list[dict[str, Any]]) -> None:
         assert row["matrix"] == expected and row["spills"] == 0, row
         if row["target"] != "gfx942":
             assert row["registers"] <= (80 if m < 64 else 200) and row["copies"] > 0, row
-            assert row["instructions"] <= {4: 900, 64: 3800, 512: 2100}[m], row
+            assert row["instructions"] <= {4: 900, 64: 3800, 1024: 2100}[m], row
             assert row["fused"] == 0 or m == 64, row  # m 64 has GELU, and a division is made of fused steps
 
 
@@ -71,9 +71,9 @@ def test_weight_only(made: list[dict[str, Any]]) -> None:
 def test_attention(made: list[dict[str, Any]]) -> None:
     kinds = ("attend", "history", "quantize")
     *few, many, history, more_history, quantizing = (row for row in made if row["kernel"].startswith(kinds))
-    assert len(few) == 3
+    assert len(few) == 4
     if history["target"] == "gfx942":  # which does spill: not tuned yet
-        assert all(row["matrix"] == ["v_mfma_i32_16x16x32_i8"] for row in few)
+        assert all(row["matrix"] == ["v_mfma_i32_16x16x32_i8"] for row in few if row["kernel"].startswith("attend 16"))
         assert many["matrix"] == ["v_mfma_i32_32x32x16_i8"]
         return
     assert all(row["matrix"] == ["mma.sync"] for row in few)

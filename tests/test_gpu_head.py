@@ -42,6 +42,10 @@ def test_what_is_not_a_number_shows() -> None:
         values, tokens = top_tokens(scores, 2, normalize)
         assert values.isnan().all(1).tolist() == [False, True, False] and (values[2] == -torch.inf).all()
         assert ((tokens >= 0) & (tokens < 600)).all()
+    around = torch.zeros(3, 5000, device=DEVICE)
+    around[1] = torch.nan  # all of a row: what lies before it is not looked at
+    values, tokens = top_tokens(around, 2)
+    assert values[1].isnan().all() and (tokens[1] == 4999).all()
 
 
 def test_no_rows_and_what_does_not_fit() -> None:

@@ -68,6 +68,15 @@ def test_rules_as_on_written_logits(rules: dict[str, Any], length: int) -> None:
     assert values.isnan().any(1).tolist() == [False, True, False, False, False]
 
 
+@pytest.mark.parametrize("others", [1, 13, 60])
+def test_other_rows_change_no_score(others: int) -> None:
+    """Beyond 16 rows tiles are cut and summed otherwise."""
+    a, scale, weight, _ = random_case(4 + others, 1000, 70, 2)
+    few = best_tokens(a[:4].contiguous(), scale[:4].contiguous(), weight, None, 8, True)
+    many = best_tokens(a, scale, weight, None, 8, True)
+    assert torch.equal(few[0], many[0][:4]) and torch.equal(few[1], many[1][:4])
+
+
 def test_rules_that_look_back_are_refused() -> None:
     a, scale, weight, _ = random_case(2, 300, 64, 2)
     asked = Rules.of(300, DEVICE, max_length=10, repetition_penalty=1.2)

@@ -23,7 +23,7 @@ from dqbart_kernels.gpu.decode import exponential, quantize_rows
 from dqbart_kernels.gpu.products import quotient
 
 LARGEST = tl.constexpr(127 * 257)
-AT_ONCE = 512  # keys whose scores few rows keep in registers; 1,024 spill
+AT_ONCE = 8192  # scores that a program of few rows keeps in registers: of 8 rows and 1,024 keys
 Heads = tuple[Tensor, Tensor]  # int8 codes [B, H, S, D], of values [B, H, D, S], and fp32 scales [B, H, S]
 
 
@@ -83,7 +83,8 @@ def _mix(weights, inverse, v_ptr, high, low, start, S, length, D, BS: tl.constex
     key, d = start + tl.arange(0, BS), tl.arange(0, BD)
     codes = ((weights * inverse[:, None] + 12582912.0) - 12582912.0).to(tl.int32)
     first = (codes + 128) >> 8
-    v = tl.load(v_ptr + d[:, None] * S + key[None, :], mask=(d < D)[:, None] & (key < length)[None, :], other=0)
+    # not only up to `length`, a number that would have them loaded byte by byte: weights past it are 0
+    v = tl.load(v_ptr + d[:, None] * S + key[None, :], mask=(d < D)[:, None] & (key < S)[None, :], other=0)
     high = tl.dot(first.to(tl.int8), tl.trans(v), high, out_dtype=tl.int32)
     low = tl.dot((codes - (first << 8)).to(tl.int8), tl.trans(v), low, out_dtype=tl.int32)
     return high, low
@@ -147,20 +148,11 @@ def quantize_heads(x_BSN: Tensor, heads: int, width: int, transposed: bool = Fal
     codes = torch.empty(shape, dtype=torch.int8, device=x_BSN.device)
     scale = torch.empty((b, heads, s), dtype=torch.float32, device=x_BSN.device)
     if b and s:
-        _quantize_heads[(triton.cdiv(s, 16), heads, b)](
-            x_BSN,
-            codes,
-            scale,
-            s,
-            heads,
-            width,
-            row,
-            TRANSPOSED=transposed,
-            BS=32 if transposed else 16,
-            BD=_wide(width),
-            num_warps=4,
+        bs = 32 if transposed else 16
+        _quantize_heads[(triton.cdiv(s, bs), heads, b)](
+            x_BSN, codes, scale, s, heads, width, row, TRANSPOSED=transposed, BS=bs, BD=_wide(width), num_warps=4,
             enable_fp_fusion=False,
-        )
+        )  # fmt: skip
     return codes, scale
 
 
@@ -173,11 +165,13 @@ def attend(q_BRN: Tensor, keys: Heads, values: Heads, length_B: Tensor, scaling:
     _check_heads(q_BRN, keys, values, length_B)
     out = torch.empty((b, rows, heads * width), dtype=torch.float32, device=q_BRN.device)
     if b and rows:
-        few = rows <= 16
-        once = few and s <= AT_ONCE
-        bs = max(32, triton.next_power_of_2(s)) if once else 256 if few else 64
-        _attend[(triton.cdiv(rows, 16 if few else 64), heads, b)](
-            q_BRN, *keys, *values, length_B, out, rows, s, heads, width, row, scaling, ONCE=once, BR=16 if few else 64,
+        least = 8 if torch.version.hip is None else 16  # AMD's matrix units take 16 rows
+        br = least if rows <= least else 16 if rows <= 16 else 64
+        all_keys = max(32, triton.next_power_of_2(s))
+        once = br <= 16 and br * all_keys <= AT_ONCE
+        bs = all_keys if once else 256 if br <= 16 else 64
+        _attend[(triton.cdiv(rows, br), heads, b)](
+            q_BRN, *keys, *values, length_B, out, rows, s, heads, width, row, scaling, ONCE=once, BR=br,
             BS=bs, BD=_wide(width), num_warps=8 if bs > 128 else 4, enable_fp_fusion=False,
         )  # fmt: skip
     return out

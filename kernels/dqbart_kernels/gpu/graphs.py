@@ -67,8 +67,11 @@ class Recorded(Generic[T]):
         current.wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         # other threads may go on with their own work meanwhile
-        with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            self._result = run()
+        try:
+            with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                self._result = run()
+        finally:
+            torch.cuda.set_stream(current)  # where a capture fails at its end, torch stays on the other one
         self._run = None  # it may hold what holds this graph
 
     def __call__(self) -> T:

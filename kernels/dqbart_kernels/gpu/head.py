@@ -79,7 +79,7 @@ def _top_tokens(
     for i in range(0, tl.minimum(K, T)):
         best = tl.max(tl.where(left < 2147483647, peaks, float("-inf")), 0)
         first = tl.min(tl.where(peaks == best, left, 2147483647), 0)
-        chosen = tl.where(place == i, first, chosen)
+        chosen = tl.where(place == i, tl.minimum(first, T), chosen)  # where nothing is a number, the one after the last
         left = tl.where(tile == first, 2147483647, left)
     token = chosen[:, None] * TILE + tl.arange(0, TILE)[None, :]
     inside = (place < tl.minimum(K, T))[:, None] & (token < V)

@@ -139,7 +139,8 @@ class Cache:
     @classmethod
     def of(cls, steps: int, rows: int, heads: int, width: int, device: torch.device | str) -> "Cache":
         k, v = (torch.zeros((steps, rows, heads, width), dtype=torch.int8, device=device) for _ in range(2))
-        return cls(k, v, *(torch.zeros((steps, rows, heads), device=device) for _ in range(2)))
+        scales = (torch.zeros((steps, rows, heads), dtype=torch.float32, device=device) for _ in range(2))
+        return cls(k, v, *scales)
 
 
 def attend_history(qkv_RN: Tensor, cache: Cache, history_RT: Tensor, step: Tensor, scaling: float) -> Tensor:

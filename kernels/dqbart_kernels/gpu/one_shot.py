@@ -84,25 +84,29 @@ def _one_shot_matmul(
     n, m, byte = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BM), tl.arange(0, BW)
     packed = tl.load(w_ptr + n[:, None] * W + byte[None, :], mask=(n < N)[:, None] & (byte < W)[None, :], other=0)
     mean, inverse = tl.zeros((BM,), tl.float64), tl.zeros((BM,), tl.float64)
+    # each plane adds to the same places, and these are summed once: every sum has warps wait for each other
     if weight_ptr is not None:
+        parts = tl.zeros((BM, BW), tl.float64)
         for i in tl.static_range(PLANES):
             x, _ = _row(x_ptr, m, M, K, i, BITS, BW)
-            mean += tl.sum(x.to(tl.float64), 1)
-        mean = mean / K
+            parts += x.to(tl.float64)
+        mean = tl.sum(parts, 1) / K
+        parts = tl.zeros((BM, BW), tl.float64)
         for i in tl.static_range(PLANES):
             x, inside = _row(x_ptr, m, M, K, i, BITS, BW)
             centred = tl.where(inside, x.to(tl.float64) - mean[:, None], 0.0)
-            inverse += tl.sum(centred * centred, 1)
-        inverse = 1.0 / tl.sqrt(inverse / K + eps)
-    peak, strange = tl.full((BM,), 1e-30, tl.float32), tl.zeros((BM,), tl.float32)
+            parts += centred * centred
+        inverse = 1.0 / tl.sqrt(tl.sum(parts, 1) / K + eps)
+    peaks, stranges = tl.full((BM, BW), 1e-30, tl.float32), tl.zeros((BM, BW), tl.float32)
     for i in tl.static_range(PLANES):
         h = _normed(x_ptr, weight_ptr, bias_ptr, mean, inverse, m, M, K, i, BITS, BW)
-        peak = tl.maximum(peak, tl.max(tl.abs(h), 1))
-        strange += tl.sum(h * 0.0, 1)  # 0, or NaN
+        peaks = tl.maximum(peaks, tl.abs(h))
+        stranges += h * 0.0  # 0, or NaN
         if h_ptr is not None:
             k = _place(i, BITS, BW)
             ours = m < tl.where(tl.program_id(0) == 0, M, 0)
             tl.store(h_ptr + m[:, None] * K + k[None, :], h, mask=ours[:, None] & (k < K)[None, :])
+    peak, strange = tl.max(peaks, 1), tl.sum(stranges, 1)
     to_codes = tl.div_rn(1.0, peak) * 127.0
     acc = tl.zeros((BM, BN), tl.int32)
     for i in tl.static_range(PLANES):

@@ -172,8 +172,8 @@ def _finish(
 
 
 def choose_tiles(m: int, n: int, w: int, bits: int, processors: int, shared: int = 1 << 30) -> Tiles:
-    """A heuristic, for sizes that no tuned table has: enough programs to fill the chip, K split where M is small; as
-    many stages as fit into `shared` bytes.
+    """A heuristic, for sizes that no tuned table has: enough programs to fill the chip, by smaller tiles and K split
+    where there are few; as many stages as fit into `shared` bytes.
     """
     return _roomy_tiles(m, n, w, bits, processors).within(shared, bits)
 
@@ -184,9 +184,11 @@ def _roomy_tiles(m: int, n: int, w: int, bits: int, processors: int) -> Tiles:
         programs, steps = triton.cdiv(n, bn), triton.cdiv(w, bw)
         splits = max(1, min(steps, 2 * processors // max(1, programs)))
         return Tiles(16, bn, bw, splits, swap=False, warps=2, stages=4)
-    if m <= 128:
-        return Tiles(max(16, min(64, triton.next_power_of_2(m))), 64, 64, 1, swap=True, warps=4, stages=4)
-    return Tiles(128, 128, 128 if bits == 8 else 64, 1, swap=True, warps=8, stages=3)
+    if m > 128 and triton.cdiv(m, 128) * triton.cdiv(n, 128) >= processors:
+        return Tiles(128, 128, 128 if bits == 8 else 64, 1, swap=True, warps=8, stages=3)
+    bm = max(16, min(64, triton.next_power_of_2(m)))
+    programs, steps = triton.cdiv(m, bm) * triton.cdiv(n, 64), triton.cdiv(w, 64)
+    return Tiles(bm, 64, 64, max(1, min(steps, processors // programs)), swap=True, warps=4, stages=4)
 
 
 def int8_matmul(

@@ -51,7 +51,8 @@ class Search:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         rows = sources * beams
-        divisor, score, ended = (torch.zeros(s, device=device) for s in ((steps + 1,), (rows,), (sources, beams)))
+        shapes = (steps + 1,), (rows,), (sources, beams)
+        divisor, score, ended = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes)
         return cls(
             ints(2 + ends), divisor, score, ints(steps + 1, rows), ended, ints(3, sources, beams), ints(sources),
             ints(sources), ints(1), ints(1), ints(1),

@@ -62,8 +62,11 @@ def _vocabulary_stats(
     a_scale = tl.load(a_scale_ptr + m, mask=m < M, other=0)
     x = _logits(a_ptr, a_scale, w_ptr, w_scale_ptr, bias_ptr, m, n, M, N, K, W, BITS, FIELD, BM, BN, BW, SWAP, ASM)
     peak = tl.max(x, 1)
-    sums = tl.sum(tl.exp(x - tl.where(peak > float("-inf"), peak, 0.0)[:, None]), 1)
-    sums += tl.sum(tl.where(x != x, x, 0.0), 1)
+    below = x - tl.where(peak > float("-inf"), peak, 0.0)[:, None]
+    share = tl.where(below == below, tl.exp(below), 0.0)
+    # in units of 2**-40, as integers: the order of fp32 sums changes with BM, and so with how many rows there are
+    sums = tl.sum((share * 1099511627776.0).to(tl.int64), 1).to(tl.float32) * 9.094947017729282e-13
+    sums += tl.sum(tl.where(below != below, below, 0.0), 1)
     tl.store(peak_ptr + m * T + tile, peak, mask=m < M)
     tl.store(sum_ptr + m * T + tile, sums, mask=m < M)
     if class_ptr is not None:

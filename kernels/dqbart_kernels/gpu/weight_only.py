@@ -48,7 +48,7 @@ def _weight_only_matmul(
     acc = multiply(a_ptr, w_ptr, m, n, 0, tl.cdiv(W, BW), M, N, K, W, K, BITS, BM, BN, BW, SWAP, ASM, KIND)
     y = scale_columns(acc * (1.0 / (1 << FIELD)), w_scale_ptr, bias_ptr, n, N)
     inside = (m < M)[:, None] & (n < N)[None, :]
-    store_result(y, residual_ptr, y_ptr, m[:, None] * N + n[None, :], inside, ACTIVATION)
+    store_result(y, residual_ptr, y_ptr, m.to(tl.int64)[:, None] * N + n[None, :], inside, ACTIVATION)
 
 
 def weight_only_matmul(
