@@ -111,9 +111,6 @@ class Bench:
                 if what == "step":
                     work = work_of_step(model, batch, args.beams, source, (args.tokens - 1) / 2)
                 middle, floor = statistics.median(times), work.floor_us(bandwidth, rate)
-                for phase, launches in found.phases().items():
-                    us = self.phase(session, launches)
-                    self.ledger.add(self.key(case, bits, what, phase) | dict(us=us, launches=len(launches)))
                 self.ledger.add(self.key(case, bits, what, WHOLE) | dict(
                     us=middle, fastest=min(times), slowest=max(times), rounds=args.rounds, nodes=found.nodes,
                     torch_operators=found.others, bytes=work.bytes, operations=work.operations, floor_us=floor,
@@ -121,6 +118,9 @@ class Bench:
                 ))  # fmt: skip
                 print(f"{' '.join(map(str, case))} {bits} {what}: {middle:.0f} us, {found.nodes} nodes, "
                       f"{floor / middle:.0%} of the floor", file=sys.stderr)  # fmt: skip
+                for phase, launches in found.phases().items():
+                    us = self.phase(session, launches)
+                    self.ledger.add(self.key(case, bits, what, phase) | dict(us=us, launches=len(launches)))
 
     def phase(self, session: Any, launches: list[Any]) -> float:
         """Microseconds of a phase's launches, in a graph of their own, the clock moved back where they move it on."""

@@ -16,6 +16,7 @@ from dqbart_kernels import gpu  # noqa: E402
 from dqbart_kernels.gpu import model as gpu_model  # noqa: E402
 from dqbart_kernels.gpu.graphs import MOST, Kept, Recorded  # noqa: E402
 
+import dqbart  # noqa: E402
 from dqbart.cli import main  # noqa: E402
 from dqbart.engines import load  # noqa: E402
 from dqbart.engines.text import TextModel  # noqa: E402
@@ -123,6 +124,14 @@ def test_what_the_loop_does_not_know_runs_in_torch(folder: Path, caplog: pytest.
         assert model.generate(**token_batch([9, 4]), num_beams=33, max_length=4).shape[0] == 2
     assert "generate runs in the torch engine: engine triton does not know more than 32 beams" in caplog.text
     assert "engine triton: " in repr(model)
+
+
+@pytest.mark.parametrize("bits", ["2-2-8", "1-1-8", "8-8-8"])
+def test_what_a_gpu_trained_is_packed_as_the_gate_sees_it(bits: str, teacher_folder: Path, tmp_path: Path) -> None:
+    """A GPU's kernels round some scales of 1 and 2 bits to another last bit than torch does on the CPU."""
+    recipe = dqbart.Recipe(bits=bits, epochs=0)
+    result = dqbart.compress(teacher_folder, recipe=recipe, output=tmp_path / "small", device=DEVICE)
+    assert result.report["gate"]["max_logit_difference"] < 1e-4
 
 
 def test_warmup_and_doctor(
