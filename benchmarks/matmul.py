@@ -212,7 +212,7 @@ class Bench:
 
     @contextlib.contextmanager
     def gaps(self, shape: str, kernel: Kernel, bits: int, *rows: int) -> Iterator[None]:
-        """What a partial kernel raises stands in its cells; on a GPU, where time is lent, any but the baseline's."""
+        """What a partial kernel raises stands in its cells; on a GPU what any but the baseline does."""
         try:
             yield
         except Exception as error:

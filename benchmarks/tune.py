@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,14 +90,14 @@ def candidates(case: Case, processors: int) -> list[Tiles]:
     high = max(16, 1 << (m - 1).bit_length())  # of a tile that holds all rows
     if m <= 16:
         grid = product((16,), (16, 32, 64), (64, 128, 256), (1, 2, 4, 8), (False,), (2, 4), (4,))
-        more = chain(product((16,), (64,), (64, 128), (1, 2, 4), (True,), (4,), (4,)))
+        more = [*product((16,), (64,), (64, 128), (1, 2, 4), (True,), (4,), (4,))]
     elif m <= 128:
         grid = product((high // 2, high), (32, 64), (64, 128), (1, 2), (False,), (4,), (4,))
-        more = chain(product((high // 2, high), (64, 128), (32, 64, 128), (1, 2, 4), (True,), (4,), (3,)))
+        more = [*product((high // 2, high), (64, 128), (32, 64, 128), (1, 2, 4), (True,), (4,), (3,))]
     else:
         grid = product((64, 128, 256), (64, 128, 256), (32, 64, 128), (1,), (True,), (4, 8), (3, 4))
         halved = product((64,), (64, 128), (32, 64, 128), (2, 4), (True,), (4,), (4,))  # K, where programs are few
-        more = chain(product((128,), (128,), (32, 64, 128), (1,), (False,), (8,), (3, 4)), halved)
+        more = [*product((128,), (128,), (32, 64, 128), (1,), (False,), (8,), (3, 4)), *halved]
     found = {choose_tiles(m, n, w, case.bits, processors): None}
     for bm, bn, bw, splits, swap, warps, stages in (*grid, *more):
         programs, steps = math.ceil(m / bm) * math.ceil(n / bn), math.ceil(w / bw)

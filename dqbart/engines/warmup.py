@@ -47,20 +47,23 @@ def warm_up(
     if writes:
         settings.append({"forced_bos_token_id": None, "forced_eos_token_id": None})
     # tokenizers of models with several types give them, which makes another graph
-    typed = [False, True] if getattr(model.config, "type_vocab_size", 0) > 1 else [False]
+    typed = getattr(model.config, "type_vocab_size", 0) > 1
     first = [{"max_length": most + 1} for most in runner.model.step_buckets()] + [{"do_sample": True}] if writes else []
     for length in runner.model.buckets(longest):
         for batch in batch_sizes:
             ids = torch.full((batch, length), 5, device=device)
-            for width in beams if writes else (0,):
-                print(f"\r{length} tokens, {batch} texts, {width or 'no'} beams ...", end="", file=sys.stderr)
-                for rules in [*settings, *first[: len(first) - (width > 1)]] if writes else []:  # beams don't sample
+            if not writes:
+                print(f"\r{length} tokens, {batch} texts ...", end="", file=sys.stderr)
+                for types in (None, torch.zeros_like(ids)) if typed else (None,):
+                    with torch.no_grad():
+                        model(input_ids=ids, token_type_ids=types)
+                    calls += 1
+                continue
+            for width in beams:
+                print(f"\r{length} tokens, {batch} texts, {width} beams ...", end="", file=sys.stderr)
+                for rules in [*settings, *first[: len(first) - (width > 1)]]:  # beams are not sampled
                     model.generate(input_ids=ids, num_beams=width, **rules)
                     calls += 1
-            for has_types in [] if writes else typed:
-                with torch.no_grad():
-                    model(input_ids=ids, token_type_ids=torch.zeros_like(ids) if has_types else None)
-                calls += 1
         first = []
     print(file=sys.stderr)
     return {"calls": calls, "seconds": round(time.perf_counter() - start, 1), "cache": knobs.cache.dir}
